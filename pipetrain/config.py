@@ -1,0 +1,356 @@
+"""Every setting of pipetrain, its default and its rules, in one place.
+
+The dataclasses are the schema: Hydra fills them from YAML files and the command line (see `cli`), and
+`help` is what `pipetrain --help` prints. `check` collects everything that is wrong with the
+settings by themselves; `check_model` and `check_text` add the rules that need a fact found later
+(the layers of the model, the tokens of the text). All of them run before a worker starts.
+
+No torch here: `--help` and tab completion must stay fast.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipetrain.devices import parse_devices
+from pipetrain.errors import ConfigError
+from pipetrain.schedule import SCHEDULES
+from pipetrain.suggest import one_of
+
+RECOMPUTE = ("always", "never")
+PRECISIONS = ("fp32", "bf16")
+LOGIT_CLIP_KINDS = ("hard", "soft")
+INIT_SCALES = ("none", "inverse_depth", "inverse_sqrt_depth")
+POSITIONS = ("learned", "sinusoidal")
+READING_ORDERS = ("shuffled", "contiguous")
+LR_RULES = ("constant", "linear", "cosine", "inverse_sqrt")
+MAX_DEFAULT_MICRO_BATCHES = 16
+
+
+def setting(help: str, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field with the sentence that `--help` prints for it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    name: str = setting("which model: the name of a builder in pipetrain.models", "???")
+
+
+@dataclass(kw_only=True)
+class TransformerConfig(ModelConfig):
+    name: str = setting("decoder-only Transformer language model", "transformer")
+    layers: int = setting("number of Transformer blocks", 6)
+    d_model: int = setting("width of the residual stream", 256)
+    d_ff: int = setting("width inside the feed-forward layers", 1024)
+    heads: int = setting("attention heads; must divide d_model", 4)
+    dropout: float = setting("probability of dropping an activation, 0 to below 1", 0.1)
+    tied: bool = setting("one matrix for the input embedding and the output layer", False)
+    positions: str = setting("learned | sinusoidal (no parameters)", "learned")
+    init_scale: str = setting(
+        "scale the initial feed-forward weights by depth: none | inverse_depth | inverse_sqrt_depth", "none"
+    )
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    name: str = setting("which kind of data: the name of a reader in pipetrain.data", "???")
+
+
+@dataclass(kw_only=True)
+class TextConfig(DataConfig):
+    name: str = setting("plain text for language models", "text")
+    path: str | None = setting(
+        "a text file, or a folder of .txt files (train/valid/test files are used as such); null = Python's manual", None
+    )
+    tokenizer: str = setting("bytes | sentencepiece (trained on the text, once) | path of a sentencepiece model", "bytes")
+    vocab_size: int | None = setting("pieces to train when tokenizer=sentencepiece", None)
+    seq_len: int = setting("tokens in one sample", 256)
+    order: str = setting("shuffled (windows in random order) | contiguous (each row reads on where it stopped)", "shuffled")
+    valid_fraction: float = setting("share of a single text held out for validation", 0.05)
+    test_fraction: float = setting("share of a single text held out for testing", 0.05)
+    cache_dir: str = setting("where token files and trained tokenizers are kept", "~/.cache/pipetrain")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    name: str = setting("adamw | adam | sgd | adafactor", "???")
+    lr: float = setting("peak learning rate", 1e-3)
+    weight_decay: float = setting("decay of matrices; vectors (biases, norms) are never decayed", 0.0)
+
+
+@dataclass(kw_only=True)
+class AdamConfig(OptimizerConfig):
+    betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.999], metadata={"help": "decay of the two moments"}
+    )
+    eps: float = setting("added to the root of the second moment", 1e-8)
+
+
+@dataclass(kw_only=True)
+class SgdConfig(OptimizerConfig):
+    momentum: float = setting("momentum, 0 = none", 0.0)
+    nesterov: bool = setting("Nesterov's form of momentum", False)
+
+
+@dataclass(kw_only=True)
+class AdafactorConfig(OptimizerConfig):
+    beta2_decay: float = setting("exponent of the second moment's decay", -0.8)
+    clip_threshold: float = setting("root mean square to which an update is clipped", 1.0)
+
+
+@dataclass(kw_only=True)
+class LrRuleConfig:
+    name: str = setting("constant | linear | cosine | inverse_sqrt, each after a linear warm-up", "constant")
+    warmup_steps: int = setting("steps of linear warm-up from 0 to the peak", 0)
+    decay_steps: int | None = setting("linear, cosine: the step at which the end is reached", None)
+    end_fraction: float = setting("linear, cosine: final learning rate as a share of the peak", 0.0)
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    every: int = setting("evaluate on the validation split every so many steps; 0 = never", 0)
+    batches: int | None = setting("at most so many batches of the split; null = all of it", None)
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int = setting("write a checkpoint every so many steps (and at the end); 0 = only at the end", 0)
+    keep: int = setting("how many of the newest checkpoints stay; the best one stays too", 2)
+
+
+@dataclass(kw_only=True)
+class Config:
+    name: str = setting("name of the run: the folder under runs/", "???")
+    model: ModelConfig = setting("the model and its size", "???")
+    data: DataConfig = setting("the data", "???")
+    devices: Any = setting("4 | auto | cpu | cpu:4 | cuda:1 | [0,1] | [cuda:0,cuda:1]", "auto")
+    partitions: int | None = setting("number of stages; null = one for each device", None)
+    balance: Any = setting("layers of each stage: even, or a list such as [2,3,3]", "even")
+    batch_size: int = setting("samples in one mini-batch", 16)
+    micro_batches: int | None = setting("pieces of a mini-batch; null = min(16, batch_size)", None)
+    schedule: str = setting("order of the pipeline's work: " + " | ".join(SCHEDULES), "gpipe")
+    recompute: str = setting("run each forward again before its backward, to save memory: always | never", "always")
+    threads: Any = setting("CPU threads of each worker; auto = cores / workers of this machine", 1)
+    precision: str = setting("fp32 | bf16 (autocast)", "fp32")
+    seed: int = setting("where all randomness starts", 0)
+    steps: int | None = setting("train up to this step; give steps or epochs", None)
+    epochs: int | None = setting("train for so many passes over the data", None)
+    logit_clip: float | None = setting("bound of the softmax pre-activations; null = off", None)
+    logit_clip_kind: str = setting(
+        "hard (clamp, in training only) | soft (cap * tanh(x / cap), part of the model)", "hard"
+    )
+    grad_clip: float | None = setting("largest global gradient norm; null = off", 1.0)
+    optimizer: OptimizerConfig = setting("the optimizer", "???")
+    lr_rule: LrRuleConfig = setting("the learning rate's course over the steps", "???")
+    log_every: int = setting("steps between two lines of the log", 10)
+    eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "evaluation"})
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={"help": "checkpoints"})
+    resume: str | None = setting("a run folder to go on with", None)
+
+
+# Which schema a group's `name` stands for. Used by `cli` (typed composition) and by `from_json`.
+SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {"transformer": TransformerConfig},
+    "data": {"text": TextConfig},
+    "optimizer": {"adamw": AdamConfig, "adam": AdamConfig, "sgd": SgdConfig, "adafactor": AdafactorConfig},
+}
+
+
+def to_json(cfg: Config) -> str:
+    """The settings as JSON text: what is handed to the workers and kept in checkpoints."""
+    return json.dumps(dataclasses.asdict(cfg))
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`."""
+    raw = json.loads(text)
+    for group, schemas in SCHEMAS.items():
+        raw[group] = schemas[raw[group]["name"]](**raw[group])
+    raw["lr_rule"] = LrRuleConfig(**raw["lr_rule"])
+    raw["eval"] = EvalConfig(**raw["eval"])
+    raw["checkpoint"] = CheckpointConfig(**raw["checkpoint"])
+    return Config(**raw)
+
+
+def num_microbatches(cfg: Config) -> int:
+    """Micro-batches of one mini-batch. The default does not depend on the devices: numbers must not either."""
+    return min(MAX_DEFAULT_MICRO_BATCHES, cfg.batch_size) if cfg.micro_batches is None else cfg.micro_batches
+
+
+def check(cfg: Config, num_gpus: int) -> None:
+    """Checks all rules that need nothing but the settings and the number of GPUs of this machine.
+
+    Raises:
+        ConfigError: with one line for each rule that is broken.
+    """
+    problems: list[str] = []
+    _check_ranges(cfg, problems)
+    _check_choices(cfg, problems)
+    _check_pipeline(cfg, num_gpus, problems)
+    _check_model_shape(cfg, problems)
+    if (cfg.steps is None) == (cfg.epochs is None):
+        given = "neither was given" if cfg.steps is None else f"got steps={cfg.steps} and epochs={cfg.epochs}"
+        problems.append(f"give either steps=... or epochs=..., {given}; the other one is null")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _check_ranges(cfg: Config, problems: list[str]) -> None:
+    at_least: list[tuple[str, float | None, float]] = [
+        ("batch_size", cfg.batch_size, 1),
+        ("micro_batches", cfg.micro_batches, 1),
+        ("steps", cfg.steps, 1),
+        ("epochs", cfg.epochs, 1),
+        ("log_every", cfg.log_every, 1),
+        ("eval.every", cfg.eval.every, 0),
+        ("eval.batches", cfg.eval.batches, 1),
+        ("checkpoint.every", cfg.checkpoint.every, 0),
+        ("checkpoint.keep", cfg.checkpoint.keep, 1),
+        ("seed", cfg.seed, 0),
+        ("optimizer.weight_decay", cfg.optimizer.weight_decay, 0),
+        ("lr_rule.warmup_steps", cfg.lr_rule.warmup_steps, 0),
+        ("lr_rule.end_fraction", cfg.lr_rule.end_fraction, 0),
+    ]
+    if isinstance(cfg.data, TextConfig):
+        at_least += [("data.seq_len", cfg.data.seq_len, 1), ("data.vocab_size", cfg.data.vocab_size, 1)]
+    if cfg.threads != "auto":
+        if isinstance(cfg.threads, bool) or not isinstance(cfg.threads, int):
+            problems.append(f"threads={cfg.threads} must be a whole number or auto; try threads=1")
+        else:
+            at_least.append(("threads", cfg.threads, 1))
+    for key, value, least in at_least:
+        if value is not None and value < least:
+            problems.append(f"{key}={value} must be at least {least:g}")
+    positive = [
+        ("logit_clip", cfg.logit_clip, "use null to switch it off"),
+        ("grad_clip", cfg.grad_clip, "use null to switch it off"),
+        ("optimizer.lr", cfg.optimizer.lr, "1e-3 is a common value"),
+    ]
+    for key, amount, remedy in positive:
+        if amount is not None and not 0 < amount < float("inf"):
+            problems.append(f"{key}={amount} must be greater than 0 and finite; {remedy}")
+
+
+def _check_choices(cfg: Config, problems: list[str]) -> None:
+    choices: list[tuple[str, str, tuple[str, ...]]] = [
+        ("schedule", cfg.schedule, tuple(SCHEDULES)),
+        ("recompute", cfg.recompute, RECOMPUTE),
+        ("precision", cfg.precision, PRECISIONS),
+        ("logit_clip_kind", cfg.logit_clip_kind, LOGIT_CLIP_KINDS),
+        ("lr_rule.name", cfg.lr_rule.name, LR_RULES),
+    ]
+    if isinstance(cfg.model, TransformerConfig):
+        choices += [
+            ("model.positions", cfg.model.positions, POSITIONS),
+            ("model.init_scale", cfg.model.init_scale, INIT_SCALES),
+        ]
+    if isinstance(cfg.data, TextConfig):
+        choices.append(("data.order", cfg.data.order, READING_ORDERS))
+    for key, value, allowed in choices:
+        if value not in allowed:
+            problems.append(f"{key}={value}: no such choice. {one_of(value, allowed)}")
+    if cfg.lr_rule.name in ("linear", "cosine"):
+        if cfg.lr_rule.decay_steps is None:
+            problems.append(
+                f"lr_rule={cfg.lr_rule.name} needs lr_rule.decay_steps, the step at which the decay ends"
+                + (f"; try lr_rule.decay_steps={cfg.steps}" if cfg.steps else "")
+            )
+        elif cfg.lr_rule.decay_steps <= cfg.lr_rule.warmup_steps:
+            problems.append(
+                f"lr_rule.decay_steps={cfg.lr_rule.decay_steps} must be greater than "
+                f"lr_rule.warmup_steps={cfg.lr_rule.warmup_steps}"
+            )
+    elif cfg.lr_rule.decay_steps is not None:
+        problems.append(
+            f"lr_rule.decay_steps={cfg.lr_rule.decay_steps} means nothing to lr_rule={cfg.lr_rule.name}; "
+            "use lr_rule=cosine or lr_rule=linear, or leave it out"
+        )
+
+
+def _check_pipeline(cfg: Config, num_gpus: int, problems: list[str]) -> None:
+    try:
+        devices = parse_devices(cfg.devices, num_gpus, cfg.partitions)
+    except ConfigError as error:
+        problems.append(str(error))
+    else:
+        if cfg.partitions is not None and cfg.partitions != len(devices):
+            problems.append(
+                f"partitions={cfg.partitions}, but devices={cfg.devices} gives {len(devices)} devices and "
+                f"schedule={cfg.schedule} runs one stage on each; use devices={cfg.partitions} or leave partitions out"
+            )
+        elif isinstance(cfg.balance, list) and len(cfg.balance) != len(devices):
+            problems.append(
+                f"balance={_show(cfg.balance)} names {len(cfg.balance)} stages, but there are {len(devices)} devices; "
+                f"use devices={len(cfg.balance)}, or a list of {len(devices)}, or balance=even"
+            )
+    if isinstance(cfg.balance, list):
+        bad = [n for n in cfg.balance if isinstance(n, bool) or not isinstance(n, int) or n < 1]
+        if bad or not cfg.balance:
+            problems.append(
+                f"balance={_show(cfg.balance)} must be a list of whole numbers, each at least 1: every stage needs a layer"
+            )
+    elif cfg.balance != "even":
+        problems.append(f"balance={cfg.balance} must be even or a list of layers per stage, such as balance=[2,3,3]")
+    if cfg.micro_batches is not None and cfg.micro_batches > cfg.batch_size >= 1:
+        problems.append(
+            f"micro_batches={cfg.micro_batches} is more than batch_size={cfg.batch_size}: a micro-batch needs at least "
+            f"one sample; use micro_batches={cfg.batch_size} or a larger batch_size"
+        )
+
+
+def _check_model_shape(cfg: Config, problems: list[str]) -> None:
+    if isinstance(cfg.model, TransformerConfig):
+        model = cfg.model
+        for key in ("layers", "d_model", "d_ff", "heads"):
+            if getattr(model, key) < 1:
+                problems.append(f"model.{key}={getattr(model, key)} must be at least 1")
+        if not 0 <= model.dropout < 1:
+            problems.append(f"model.dropout={model.dropout} must be at least 0 and below 1")
+        if model.heads >= 1 and model.d_model % model.heads:
+            divisors = [h for h in range(1, model.d_model + 1) if model.d_model % h == 0]
+            nearest = min(divisors, key=lambda h: abs(h - model.heads))
+            problems.append(
+                f"model.heads={model.heads} does not divide model.d_model={model.d_model}; try model.heads={nearest}"
+            )
+        if model.positions == "sinusoidal" and model.d_model % 2:
+            problems.append(f"model.positions=sinusoidal needs an even model.d_model (got {model.d_model})")
+    if isinstance(cfg.data, TextConfig):
+        data = cfg.data
+        fractions = (data.valid_fraction, data.test_fraction)
+        if min(fractions) < 0 or sum(fractions) >= 1:
+            problems.append(
+                f"data.valid_fraction={fractions[0]} and data.test_fraction={fractions[1]} must be at least 0 "
+                "and leave something to train on; 0.05 each is common"
+            )
+        if data.tokenizer == "sentencepiece" and data.vocab_size is None:
+            problems.append("data.tokenizer=sentencepiece needs data.vocab_size; try data.vocab_size=8000")
+        if data.tokenizer != "sentencepiece" and data.vocab_size is not None:
+            problems.append(
+                f"data.vocab_size={data.vocab_size} is only for data.tokenizer=sentencepiece; "
+                f"data.tokenizer={data.tokenizer} brings its own vocabulary"
+            )
+
+
+def check_model(cfg: Config, num_layers: int, num_stages: int) -> None:
+    """Checks the rules between the pipeline and the layers of the built recipe.
+
+    Raises:
+        ConfigError: if the balance does not fit the layers, or there are more stages than layers.
+    """
+    if num_stages > num_layers:
+        raise ConfigError(
+            f"{num_stages} stages, but the model has only {num_layers} layers and every stage needs one; "
+            f"use devices={num_layers} or fewer, or a deeper model"
+        )
+    if isinstance(cfg.balance, list) and sum(cfg.balance) != num_layers:
+        last = num_layers - sum(cfg.balance[:-1])
+        remedy = f"the last number could be {last}" if last >= 1 else "use smaller numbers or balance=even"
+        raise ConfigError(
+            f"balance={_show(cfg.balance)} sums to {sum(cfg.balance)}, but the model has {num_layers} layers ({remedy})"
+        )
+
+
+def _show(balance: list[int]) -> str:
+    return "[" + ",".join(map(str, balance)) + "]"

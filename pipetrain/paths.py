@@ -1,0 +1,59 @@
+"""Every file name of a run, in one place."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run folder; `root` is its absolute path."""
+
+    root: Path
+
+    @property
+    def log(self) -> Path:
+        """What every rank logged."""
+        return self.root / "pipetrain.log"
+
+    @property
+    def status(self) -> Path:
+        """State, step, exit code, error and final metrics, as JSON."""
+        return self.root / "status.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, machine and command line, as JSON."""
+        return self.root / "env.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line, each with `step`."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def plan(self) -> Path:
+        """Stages, layers and schedule of the run, as JSON."""
+        return self.root / "plan.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def overrides(self) -> Path:
+        """The command line as Hydra keeps it."""
+        return self.root / ".hydra" / "overrides.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the living process that writes this folder."""
+        return self.root / ".lock"
+
+    def error(self, rank: int) -> Path:
+        """What a failing rank left behind, as JSON."""
+        return self.root / f"error.{rank}.json"
+
+    @property
+    def rendezvous(self) -> Path:
+        """Scratch files of the local process group."""
+        return self.root / ".rendezvous"
