@@ -1,0 +1,125 @@
+"""The one meeting of all ranks in a step: loss, gradient norm and measurements, added up in a single vector.
+
+Every entry is filled by one rank and zero on the others, so the sum is exact. The norm is then added up on every rank in the
+same order over the same numbers, one for each parameter of the unsplit model: it does not depend on the partitioning.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from pipetrain.engine.stage import Stage
+from pipetrain.engine.tied import Tie
+from pipetrain.engine.transport import Transport
+from pipetrain.schedule import Kind, Span
+
+
+@dataclass(frozen=True)
+class StageMeasures:
+    """What one stage measured in one step; `elapsed_s` reaches from the step's begin to its last action's end."""
+
+    forward_s: float
+    recompute_s: float
+    backward_s: float
+    elapsed_s: float
+    memory_bytes: float
+
+    @property
+    def busy_s(self) -> float:
+        return self.forward_s + self.recompute_s + self.backward_s
+
+    @property
+    def wait_s(self) -> float:
+        return self.elapsed_s - self.busy_s
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What every rank knows after a step.
+
+    Attributes:
+        loss_sum: over all micro-batches.
+        grad_norm: global, over all stages, before clipping.
+        requests: the sum of what the ranks asked for, see `Runtime.train_step`.
+        stages: the measurements of every stage.
+        bad_stage: the first stage with a NaN or infinite gradient, or None.
+    """
+
+    loss_sum: float
+    grad_norm: float
+    requests: float
+    stages: tuple[StageMeasures, ...]
+    bad_stage: int | None
+
+
+class Reporter:
+    """Knows where each stage's numbers stand in the vector."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        num_stages: int,
+        ties: Sequence[Tie],
+        transport: Transport,
+        device: torch.device,
+        memory_bytes: Callable[[], float],
+    ) -> None:
+        self._num_stages = num_stages
+        self._transport = transport
+        self._device = device
+        self._memory_bytes = memory_bytes
+        # A tied parameter counts once in the norm: its first use.
+        later_uses = {name for tie in ties for name, _ in tie.uses[1:]}
+        self._counted: dict[int, list[nn.Parameter]] = {
+            stage.index: [p for name, p in stage.named_parameters() if name not in later_uses and p.requires_grad]
+            for stage in stages
+        }
+        counts = torch.zeros(num_stages, dtype=torch.float64)
+        for index, parameters in self._counted.items():
+            counts[index] = len(parameters)
+        self._offsets = [0, *(int(n) for n in transport.all_reduce(counts).cumsum(0))]
+
+    def reduce(self, loss_sum: float, request: float, spans: Sequence[Span]) -> StepReport:
+        """Adds up this rank's numbers with those of all others; every rank must call it."""
+        measures = torch.zeros(self._num_stages, len(fields(StageMeasures)), dtype=torch.float64)
+        norms = torch.zeros(self._offsets[-1], dtype=torch.float64)
+        for index, parameters in self._counted.items():
+            measures[index] = torch.tensor(astuple(self._measure(index, spans)), dtype=torch.float64)
+            if parameters:
+                norms[self._offsets[index] : self._offsets[index + 1]] = self._squared_norms(parameters)
+        scalars = torch.tensor([loss_sum, request], dtype=torch.float64)
+        reduced = self._transport.all_reduce(torch.cat([scalars, measures.flatten(), norms]))
+        scalars, flat, norms = reduced.split([len(scalars), measures.numel(), len(norms)])
+        bounds = list(zip(self._offsets, self._offsets[1:], strict=False))
+        bad = [stage for stage, (start, end) in enumerate(bounds) if not norms[start:end].isfinite().all()]
+        return StepReport(
+            loss_sum=float(scalars[0]),
+            grad_norm=float(norms.sum().sqrt()),
+            requests=float(scalars[1]),
+            stages=tuple(StageMeasures(*row) for row in flat.reshape(measures.shape).tolist()),
+            bad_stage=bad[0] if bad else None,
+        )
+
+    def _squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        squares = [
+            zero if p.grad is None else torch.linalg.vector_norm(p.grad, dtype=torch.float64).square() for p in parameters
+        ]
+        return torch.stack(squares).cpu()
+
+    def _measure(self, index: int, spans: Sequence[Span]) -> StageMeasures:
+        seconds = dict.fromkeys((Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD), 0.0)
+        elapsed_s = 0.0
+        for span in spans:
+            elapsed_s = max(elapsed_s, span.end_s)
+            if span.action.stage == index:
+                seconds[span.action.kind] += span.seconds
+        return StageMeasures(
+            forward_s=seconds[Kind.FORWARD],
+            recompute_s=seconds[Kind.RECOMPUTE],
+            backward_s=seconds[Kind.BACKWARD],
+            elapsed_s=elapsed_s,
+            memory_bytes=self._memory_bytes(),
+        )

@@ -1,0 +1,71 @@
+"""Parameters that several layers share: a tied embedding and output matrix, for one.
+
+Each use is a parameter of its own with its own gradient. Before an update the gradients of all uses are added in ascending
+layer order and every stage that has a use gets that sum, so all copies take the same step and stay equal to the last bit.
+On one stage it is the same: the uses share their memory there, but not their gradients. (One shared gradient would be added
+to in the order in which backwards run, which depends on the cut.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipetrain.engine.signature import signature_of
+from pipetrain.engine.transport import Posted, Sent, Transport
+
+_TAG = 1 << 24  # above every tag of the schedule's messages
+
+
+@dataclass(frozen=True)
+class Tie:
+    """The uses of one shared parameter: (full name, stage), in ascending layer order. The first is its owner."""
+
+    uses: tuple[tuple[str, int], ...]
+
+
+def share_memory(ties: Sequence[Tie], parameters: dict[str, nn.Parameter]) -> None:
+    """Makes the uses that live in this process one tensor, with a gradient for each."""
+    for tie in ties:
+        here = [parameters[name] for name, _ in tie.uses if name in parameters]
+        for other in here[1:]:
+            other.data = here[0].data
+
+
+def followers(ties: Sequence[Tie], parameters: dict[str, nn.Parameter]) -> set[str]:
+    """The uses in this process that an optimizer must leave alone: their memory belongs to an earlier use."""
+    return {name for tie in ties for name in [n for n, _ in tie.uses if n in parameters][1:]}
+
+
+def sum_gradients(
+    ties: Sequence[Tie], parameters: dict[str, nn.Parameter], placement: Sequence[int], transport: Transport
+) -> None:
+    """Gives every use the sum of the gradients of all uses; blocks until all ranks that have one take part."""
+    sent: list[Sent] = []
+    for number, tie in enumerate(ties):
+        ranks = sorted({placement[stage] for _, stage in tie.uses})
+        if transport.rank not in ranks:
+            continue
+        letters: dict[str, Posted] = {}
+        own: dict[str, Tensor] = {}
+        for use, (name, stage) in enumerate(tie.uses):
+            tag = _TAG + number * 256 + use
+            home = placement[stage]
+            if home == transport.rank:
+                parameter = parameters[name]
+                own[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                sent += [transport.send((own[name],), rank, tag) for rank in ranks if rank != home]
+            else:
+                like = next(parameters[n] for n, _ in tie.uses if n in parameters)
+                letters[name] = transport.post(signature_of((like,), (False,)), home, tag)
+        gradients = [own[name] if name in own else letters[name].wait()[0] for name, _ in tie.uses]
+        total = gradients[0].clone()
+        for gradient in gradients[1:]:
+            total += gradient
+        for message in sent:
+            message.wait()
+        sent.clear()
+        for name in own:
+            parameters[name].grad = total
+

@@ -1,0 +1,117 @@
+"""What a schedule is made of: `Action`, and `Schedule` = one ordered list of actions for each rank.
+
+Letters used here and in every module of this package: s = stage, m = micro-batch, S = number of stages,
+M = number of micro-batches. Stages, micro-batches, ranks and steps count from 0.
+
+    kind     does                                              text form (stage 2, micro-batch 0)
+    F        forward of one micro-batch through one stage      2F0
+    R        the same forward again, to have its graph         2R0
+    B        backward                                          2B0
+    U        optimizer update of one stage                     2U
+    SEND_F   hand the output of F to the next stage            2SEND_F0
+    RECV_F   post the receive of the previous stage's output   2RECV_F0
+    SEND_B   hand the input's gradient to the previous stage   2SEND_B0
+    RECV_B   post the receive of the next stage's gradient     2RECV_B0
+
+A generator (`synchronous`) emits compute actions only; the passes in `recompute` and `messages` add the
+rest. The same object is then verified, simulated, drawn and executed: an order is never written down twice.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from pipetrain.errors import ScheduleError
+
+
+class Kind(Enum):
+    """What an action does; the value is its text form."""
+
+    FORWARD = "F"
+    RECOMPUTE = "R"
+    BACKWARD = "B"
+    UPDATE = "U"
+    SEND_FORWARD = "SEND_F"
+    RECEIVE_FORWARD = "RECV_F"
+    SEND_BACKWARD = "SEND_B"
+    RECEIVE_BACKWARD = "RECV_B"
+
+    # Members are singletons, so identity hashing is enough; Enum's own hash costs a call into Python each time.
+    __hash__ = object.__hash__
+
+
+MESSAGES = frozenset({Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD, Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD})
+
+_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|R|B|U)(\d*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One piece of work of one stage.
+
+    `microbatch` is -1 for an update, which belongs to the whole mini-batch. `step` counts the
+    mini-batches inside one schedule: always 0 where a step ends with a flush.
+    """
+
+    kind: Kind
+    stage: int
+    microbatch: int = -1
+    step: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind.value}" + ("" if self.microbatch < 0 else str(self.microbatch))
+
+    @staticmethod
+    def parse(text: str) -> "Action":
+        """The inverse of `str`.
+
+        Raises:
+            ScheduleError: if the text is no action.
+        """
+        match = _TEXT.fullmatch(text.strip())
+        if match is None or (match[2] == "U") != (match[3] == ""):
+            raise ScheduleError(f"{text!r} is no action; expected <stage><kind><micro-batch>, such as 2F0, 1SEND_F3 or 2U")
+        return Action(Kind(match[2]), int(match[1]), int(match[3] or -1))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The ordered work of every rank, and the rank on which each stage lives.
+
+    `str` draws it as a grid.
+    """
+
+    name: str
+    num_microbatches: int
+    placement: tuple[int, ...]
+    actions: tuple[tuple[Action, ...], ...]
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.placement)
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.actions)
+
+    def __iter__(self) -> Iterator[Action]:
+        """All actions, rank by rank."""
+        for actions in self.actions:
+            yield from actions
+
+    def with_actions(self, actions: tuple[tuple[Action, ...], ...]) -> "Schedule":
+        """The same schedule with another list for each rank: what a pass returns."""
+        return replace(self, actions=actions)
+
+    def compute(self) -> "Schedule":
+        """The schedule without its messages."""
+        return self.with_actions(tuple(tuple(a for a in row if a.kind not in MESSAGES) for row in self.actions))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical text; ranks that are to run together must agree on it."""
+        rows = [" ".join(map(str, row)) for row in self.actions]
+        text = "\n".join([self.name, str(self.num_microbatches), str(self.placement), *rows])
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,45 @@
+"""Schedules as text: the grid over time, and one rank's list with an arrow at an action."""
+
+from collections.abc import Sequence
+
+from pipetrain.schedule.action import Action, Kind, Schedule
+from pipetrain.schedule.timeline import Span, timeline
+
+
+def grid(schedule: Schedule) -> str:
+    """Draws who does what when, one row for each rank, one column for the time of one forward.
+
+    A backward takes two columns; a dot is a column in which the rank waits.
+    """
+    return draw(timeline(schedule), schedule.placement)
+
+
+def draw(spans: Sequence[Span], placement: Sequence[int], column_s: float = 1.0) -> str:
+    """Draws spans as text, `column_s` seconds a column. Updates are left out: they have no length here."""
+    shown = [span for span in spans if span.action.kind is not Kind.UPDATE]
+    several = len(set(placement)) < len(placement)
+    labels = {span.action: str(span.action) if several else str(span.action)[len(str(span.action.stage)) :] for span in shown}
+    width = max(map(len, labels.values()), default=1) + 1
+    columns = max((round(span.end_s / column_s) for span in shown), default=0)
+    rows = [["."] * columns for _ in range(max(placement) + 1)]
+    for span in shown:
+        start, end = round(span.start_s / column_s), round(span.end_s / column_s)
+        for column in range(start, end):
+            rows[placement[span.action.stage]][column] = labels[span.action] if column == start else "-"
+    name = "rank" if several else "stage"
+    return "\n".join(
+        f"{name} {rank} | " + "".join(cell.ljust(width) for cell in row).rstrip() for rank, row in enumerate(rows)
+    )
+
+
+def mark(schedule: Schedule, culprit: Action) -> str:
+    """Prints every rank's list, eight actions around the culprit, with an arrow at it."""
+    lines = []
+    for rank, row in enumerate(schedule.actions):
+        if culprit in row:
+            at = row.index(culprit)
+            shown = [f"-->{a}<--" if a == culprit else str(a) for a in row[max(0, at - 8) : at + 9]]
+        else:
+            shown = [*map(str, row[:16])] + (["..."] if len(row) > 16 else [])
+        lines.append(f"rank {rank} | {' '.join(shown)}")
+    return "\n".join(lines)

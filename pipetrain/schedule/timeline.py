@@ -1,0 +1,124 @@
+"""When each compute action of a schedule starts and ends, for given durations.
+
+The one place that knows what an action must wait for. `messages` orders the sends and receives by it, `show` draws
+with it, and `sim` predicts with it.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from pipetrain.errors import ScheduleError
+from pipetrain.schedule.action import Action, Kind, Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """An action and the time that it took, in seconds since the start of its step."""
+
+    action: Action
+    start_s: float
+    end_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end_s - self.start_s
+
+
+# A backward is taken to cost two forwards, an update nothing: good enough to order messages and to draw.
+_NOMINAL = {Kind.FORWARD: 1.0, Kind.RECOMPUTE: 1.0, Kind.BACKWARD: 2.0, Kind.UPDATE: 0.0}
+
+
+def nominal_duration(action: Action) -> float:
+    """The duration of an action in units of one forward."""
+    return _NOMINAL[action.kind]
+
+
+def needs(schedule: Schedule, action: Action, exists: Callable[[Action], bool]) -> list[Action]:
+    """The compute actions, of whichever rank, that must have ended before `action` can start.
+
+    `exists` tells whether the schedule holds an action: a backward waits for its recompute where there is one.
+    """
+    s, m, step = action.stage, action.microbatch, action.step
+    last = schedule.num_stages - 1
+    if action.kind is Kind.FORWARD:
+        return [Action(Kind.FORWARD, s - 1, m, step)] if s > 0 else []
+    if action.kind is Kind.RECOMPUTE:
+        return [Action(Kind.FORWARD, s, m, step)]
+    if action.kind is Kind.BACKWARD:
+        recompute = Action(Kind.RECOMPUTE, s, m, step)
+        own = recompute if exists(recompute) else Action(Kind.FORWARD, s, m, step)
+        return [own, Action(Kind.BACKWARD, s + 1, m, step)] if s < last else [own]
+    # A synchronous update waits for all gradients: their norm is global.
+    return [
+        Action(Kind.BACKWARD, stage, microbatch, step)
+        for stage in range(schedule.num_stages)
+        for microbatch in range(schedule.num_microbatches)
+    ]
+
+
+def timeline(
+    schedule: Schedule,
+    duration: Callable[[Action], float] = nominal_duration,
+    delay: Callable[[Action, Action], float] = lambda producer, consumer: 0.0,
+) -> list[Span]:
+    """Runs the compute actions of a schedule on paper, every rank as early as it can.
+
+    Args:
+        schedule: with or without messages; only its compute actions count.
+        duration: seconds (or any unit) of an action.
+        delay: seconds between the end of a producer and the moment at which its consumer has the result.
+
+    Returns:
+        One span for each compute action, sorted by end, then start; actions of one rank stay in their order.
+
+    Raises:
+        ScheduleError: if some action can never start.
+    """
+    rows = schedule.compute().actions
+    everything = {action for row in rows for action in row}
+    ended: dict[Action, float] = {}
+    spans: list[Span] = []
+    position = [0] * len(rows)
+    clock = [0.0] * len(rows)
+    progress = True
+    while progress:
+        progress = False
+        for rank, row in enumerate(rows):
+            while position[rank] < len(row):
+                action = row[position[rank]]
+                ready = _ready_at(needs(schedule, action, everything.__contains__), action, ended, delay)
+                if ready is None:
+                    break
+                start = max(clock[rank], ready)
+                clock[rank] = ended[action] = start + duration(action)
+                spans.append(Span(action, start, clock[rank]))
+                position[rank] += 1
+                progress = True
+    blocked = [row[position[rank]] for rank, row in enumerate(rows) if position[rank] < len(row)]
+    if blocked:
+        missing = [a for a in needs(schedule, blocked[0], everything.__contains__) if a not in ended]
+        raise ScheduleError(f"{blocked[0]} can never start: it waits for {', '.join(map(str, missing))}")
+    return sorted(spans, key=lambda span: (span.end_s, span.start_s))
+
+
+def _ready_at(
+    producers: Iterable[Action],
+    consumer: Action,
+    ended: dict[Action, float],
+    delay: Callable[[Action, Action], float],
+) -> float | None:
+    ready = 0.0
+    for producer in producers:
+        if producer not in ended:
+            return None
+        between_stages = producer.stage != consumer.stage and consumer.kind is not Kind.UPDATE
+        ready = max(ready, ended[producer] + (delay(producer, consumer) if between_stages else 0.0))
+    return ready
+
+
+def bubble_fraction(spans: Sequence[Span], num_ranks: int) -> float:
+    """Idle time / (ranks x makespan). Updates count as busy."""
+    if not spans:
+        return 0.0
+    makespan = max(span.end_s for span in spans) - min(span.start_s for span in spans)
+    return 1.0 - sum(span.seconds for span in spans) / (num_ranks * makespan) if makespan > 0 else 0.0
