@@ -179,8 +179,11 @@ def num_microbatches(cfg: Config) -> int:
     return min(MAX_DEFAULT_MICRO_BATCHES, cfg.batch_size) if cfg.micro_batches is None else cfg.micro_batches
 
 
-def check(cfg: Config, num_gpus: int) -> None:
+def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
     """Checks all rules that need nothing but the settings and the number of GPUs of this machine.
+
+    Args:
+        world_size: ranks of the torchrun job that this process belongs to, which then decides the number of devices.
 
     Raises:
         ConfigError: with one line for each rule that is broken.
@@ -188,8 +191,9 @@ def check(cfg: Config, num_gpus: int) -> None:
     problems: list[str] = []
     _check_ranges(cfg, problems)
     _check_choices(cfg, problems)
-    _check_pipeline(cfg, num_gpus, problems)
+    _check_pipeline(cfg, num_gpus, world_size, problems)
     _check_model_shape(cfg, problems)
+    _check_optimizer(cfg.optimizer, problems)
     if (cfg.steps is None) == (cfg.epochs is None):
         given = "neither was given" if cfg.steps is None else f"got steps={cfg.steps} and epochs={cfg.epochs}"
         problems.append(f"give either steps=... or epochs=..., {given}; the other one is null")
@@ -221,7 +225,7 @@ def _check_ranges(cfg: Config, problems: list[str]) -> None:
         else:
             at_least.append(("threads", cfg.threads, 1))
     for key, value, least in at_least:
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             problems.append(f"{key}={value} must be at least {least:g}")
     positive = [
         ("logit_clip", cfg.logit_clip, "use null to switch it off"),
@@ -269,18 +273,23 @@ def _check_choices(cfg: Config, problems: list[str]) -> None:
         )
 
 
-def _check_pipeline(cfg: Config, num_gpus: int, problems: list[str]) -> None:
+def _check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems: list[str]) -> None:
     try:
-        devices = parse_devices(cfg.devices, num_gpus, cfg.partitions)
+        devices = parse_devices(cfg.devices, num_gpus, cfg.partitions) if world_size is None else ("any",) * world_size
     except ConfigError as error:
         problems.append(str(error))
     else:
+        if world_size is not None and cfg.devices != "auto":
+            problems.append(
+                f"devices={cfg.devices} was given, but torchrun started {world_size} processes and chooses the devices; "
+                "leave devices out"
+            )
         if cfg.partitions is not None and cfg.partitions != len(devices):
             problems.append(
                 f"partitions={cfg.partitions}, but devices={cfg.devices} gives {len(devices)} devices and "
                 f"schedule={cfg.schedule} runs one stage on each; use devices={cfg.partitions} or leave partitions out"
             )
-        elif isinstance(cfg.balance, list) and len(cfg.balance) != len(devices):
+        elif isinstance(cfg.balance, list) and cfg.balance and len(cfg.balance) != len(devices):
             problems.append(
                 f"balance={_show(cfg.balance)} names {len(cfg.balance)} stages, but there are {len(devices)} devices; "
                 f"use devices={len(cfg.balance)}, or a list of {len(devices)}, or balance=even"
@@ -333,6 +342,26 @@ def _check_model_shape(cfg: Config, problems: list[str]) -> None:
             )
 
 
+def _check_optimizer(optimizer: OptimizerConfig, problems: list[str]) -> None:
+    if isinstance(optimizer, AdamConfig):
+        betas = optimizer.betas
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            shown = ",".join(map(str, betas))
+            problems.append(f"optimizer.betas=[{shown}] must be two numbers, each at least 0 and below 1; try [0.9,0.999]")
+        if not optimizer.eps >= 0:
+            problems.append(f"optimizer.eps={optimizer.eps} must be at least 0")
+    if isinstance(optimizer, SgdConfig):
+        if not optimizer.momentum >= 0:
+            problems.append(f"optimizer.momentum={optimizer.momentum} must be at least 0")
+        if optimizer.nesterov and optimizer.momentum == 0:
+            problems.append("optimizer.nesterov=true needs momentum; try optimizer.momentum=0.9")
+    if isinstance(optimizer, AdafactorConfig):
+        if not optimizer.clip_threshold >= 1:
+            problems.append(f"optimizer.clip_threshold={optimizer.clip_threshold} must be at least 1")
+        if not optimizer.beta2_decay <= 0:
+            problems.append(f"optimizer.beta2_decay={optimizer.beta2_decay} must be 0 or less; -0.8 is common")
+
+
 def check_model(cfg: Config, num_layers: int, num_stages: int) -> None:
     """Checks the rules between the pipeline and the layers of the built recipe.
 
@@ -350,6 +379,35 @@ def check_model(cfg: Config, num_layers: int, num_stages: int) -> None:
         raise ConfigError(
             f"balance={_show(cfg.balance)} sums to {sum(cfg.balance)}, but the model has {num_layers} layers ({remedy})"
         )
+
+
+def check_resume(cfg: Config, saved: dict[str, Any]) -> None:
+    """Checks that a resumed run is still the run it was: its model, data, batch size and seed.
+
+    Args:
+        saved: the settings in the checkpoint.
+
+    Raises:
+        ConfigError: with every such setting that differs.
+    """
+    now = dataclasses.asdict(cfg)
+    problems = []
+    for group in ("model", "data", "batch_size", "seed"):
+        old, new = saved[group], now[group]
+        pairs = [(group, old, new)] if not isinstance(old, dict) else [
+            (f"{group}.{key}", old.get(key), new.get(key)) for key in {**old, **new} if key != "cache_dir"
+        ]
+        problems += [
+            f"{key}={_plain(b)}, but the run to resume has {key}={_plain(a)}: leave {key} out, or start a new run"
+            for key, a, b in pairs
+            if a != b
+        ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _show(balance: list[int]) -> str:

@@ -49,11 +49,20 @@ class RunPaths:
         """Held by the living process that writes this folder."""
         return self.root / ".lock"
 
-    def error(self, rank: int) -> Path:
-        """What a failing rank left behind, as JSON."""
-        return self.root / f"error.{rank}.json"
+    @property
+    def scratch(self) -> Path:
+        """What the processes of a living run need to find and to accuse each other; removed at its end."""
+        return self.root / ".processes"
 
     @property
-    def rendezvous(self) -> Path:
-        """Scratch files of the local process group."""
-        return self.root / ".rendezvous"
+    def store(self) -> Path:
+        """Where local ranks leave their addresses for each other."""
+        return self.scratch / "store"
+
+    def failure(self, rank: int) -> Path:
+        """What a failing rank left behind, as JSON."""
+        return self.scratch / f"failure.{rank}.json"
+
+    def pid(self, rank: int) -> Path:
+        """The process id of a local rank."""
+        return self.scratch / f"pid.{rank}"

@@ -30,10 +30,6 @@ class StageMeasures:
     def busy_s(self) -> float:
         return self.forward_s + self.recompute_s + self.backward_s
 
-    @property
-    def wait_s(self) -> float:
-        return self.elapsed_s - self.busy_s
-
 
 @dataclass(frozen=True)
 class StepReport:
@@ -41,6 +37,7 @@ class StepReport:
 
     Attributes:
         loss_sum: over all micro-batches.
+        count: valid tokens or samples of the mini-batch, what the last stage divided by.
         grad_norm: global, over all stages, before clipping.
         requests: the sum of what the ranks asked for, see `Runtime.train_step`.
         stages: the measurements of every stage.
@@ -48,6 +45,7 @@ class StepReport:
     """
 
     loss_sum: float
+    count: float
     grad_norm: float
     requests: float
     stages: tuple[StageMeasures, ...]
@@ -81,7 +79,7 @@ class Reporter:
             counts[index] = len(parameters)
         self._offsets = [0, *(int(n) for n in transport.all_reduce(counts).cumsum(0))]
 
-    def reduce(self, loss_sum: float, request: float, spans: Sequence[Span]) -> StepReport:
+    def reduce(self, loss_sum: float, count: float, request: float, spans: Sequence[Span]) -> StepReport:
         """Adds up this rank's numbers with those of all others; every rank must call it."""
         measures = torch.zeros(self._num_stages, len(fields(StageMeasures)), dtype=torch.float64)
         norms = torch.zeros(self._offsets[-1], dtype=torch.float64)
@@ -89,15 +87,16 @@ class Reporter:
             measures[index] = torch.tensor(astuple(self._measure(index, spans)), dtype=torch.float64)
             if parameters:
                 norms[self._offsets[index] : self._offsets[index + 1]] = self._squared_norms(parameters)
-        scalars = torch.tensor([loss_sum, request], dtype=torch.float64)
+        scalars = torch.tensor([loss_sum, count, request], dtype=torch.float64)
         reduced = self._transport.all_reduce(torch.cat([scalars, measures.flatten(), norms]))
         scalars, flat, norms = reduced.split([len(scalars), measures.numel(), len(norms)])
         bounds = list(zip(self._offsets, self._offsets[1:], strict=False))
         bad = [stage for stage, (start, end) in enumerate(bounds) if not norms[start:end].isfinite().all()]
         return StepReport(
             loss_sum=float(scalars[0]),
+            count=float(scalars[1]),
             grad_norm=float(norms.sum().sqrt()),
-            requests=float(scalars[1]),
+            requests=float(scalars[2]),
             stages=tuple(StageMeasures(*row) for row in flat.reshape(measures.shape).tolist()),
             bad_stage=bad[0] if bad else None,
         )

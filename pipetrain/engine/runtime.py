@@ -66,7 +66,7 @@ class Runtime:
         self.current: Action | None = None
         self.spans: list[Span] = []
         self._num_stages = num_stages
-        self._device = device
+        self.device = device
         self._ties = ties
         self._clock = clock_for(device)
         share_memory(ties, self.parameters)
@@ -111,7 +111,7 @@ class Runtime:
         inputs: Tensors | None,
         targets: Tensors | None,
         *,
-        total: int,
+        total: int = 0,
         update: Callable[[StepReport], None],
         request: float = 0.0,
     ) -> StepReport:
@@ -121,15 +121,16 @@ class Runtime:
             step: random layers draw from it.
             inputs: the mini-batch, [batch, ...] each; needed on the first stage's rank only.
             targets: what the loss compares with, [batch, ...] each; needed on the last stage's rank only.
-            total: valid tokens or samples of the whole mini-batch: the gradient is that of loss sum / total. Last
-                stage's rank only.
+            total: valid tokens or samples of the whole mini-batch: the gradient is that of loss sum / total. Counts on
+                the last stage's rank only, leave it 0 elsewhere.
             update: called once all gradients are there, with the report; it steps the optimizer.
             request: any number; the report holds the sum over all ranks.
         """
         for parameter in self.parameters.values():
             parameter.grad = None
         self._begin(program, step, inputs, targets, training=True)
-        self._total, self._request, self._on_update = total, request, update
+        last = self._num_stages - 1 in self.stages
+        self._total, self._request, self._on_update = total if last else 0, request, update
         self._run(program)
         assert self._report is not None, "a training schedule ends with an update"
         return self._report
@@ -170,7 +171,7 @@ class Runtime:
         self._inputs = split(inputs, program.num_microbatches) if 0 in self.stages and inputs is not None else []
         last = self._num_stages - 1
         self._targets = split(targets, program.num_microbatches) if last in self.stages and targets is not None else []
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._looking = False
         self._report: StepReport | None = None
         self._outputs: dict[tuple[int, int], Tensors] = {}
@@ -242,7 +243,7 @@ class Runtime:
         stage = self.stages[s]
         if stage.is_last:
             (loss,) = stage.signature(self._keys[m])
-            gradients: Tensors = (torch.full(loss.shape, 1 / self._total, dtype=loss.dtype, device=self._device),)
+            gradients: Tensors = (torch.full(loss.shape, 1 / self._total, dtype=loss.dtype, device=self.device),)
         elif s + 1 in self.stages:
             gradients = self._input_gradients.pop((s + 1, m))
         else:
@@ -257,7 +258,7 @@ class Runtime:
 
     def _update(self, action: Action) -> None:
         sum_gradients(self._ties, self.parameters, self._program.placement, self.transport)
-        self._report = self._reporter.reduce(float(self._loss), self._request, self._clock.spans())
+        self._report = self._reporter.reduce(float(self._loss), self._total, self._request, self._clock.spans())
         start = self._clock.now()
         self._on_update(self._report)
         self._clock.record(action, start)  # type: ignore[arg-type]

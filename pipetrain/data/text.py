@@ -1,0 +1,244 @@
+"""From text to files of token ids, once: everything that happens before a worker starts. Never imports torch."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipetrain.data import corpus
+from pipetrain.data.tokenizer import (
+    BYTES,
+    SENTENCEPIECE,
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    read_model,
+    train_sentencepiece,
+)
+from pipetrain.errors import ConfigError
+
+FORMAT = 1  # raise it whenever the same text would give other files
+TRAINING_BYTES = 100_000_000  # a tokenizer is trained on at most so much, in blocks spread over a longer text
+ABANDONED_S = 24 * 3600.0  # what a killed process left unfinished is removed after so long
+MODEL_FILE = "tokenizer.model"
+ASIDE = ".pipetrain-"  # begins the name of a folder that is not finished
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenFolder:
+    """A finished folder of token files.
+
+    Attributes:
+        folder: absolute path; holds train.bin, valid.bin, test.bin, meta.json and, but for bytes, tokenizer.model.
+        vocab_size: ids are 0 .. vocab_size - 1.
+        num_tokens: tokens of each split.
+        num_bytes: bytes of the text behind those tokens, for bits per byte.
+        tokenizer: 'bytes', or the absolute path of the sentencepiece model in the folder.
+    """
+
+    folder: str
+    vocab_size: int
+    num_tokens: dict[str, int]
+    num_bytes: dict[str, int]
+    tokenizer: str
+
+    def file(self, split: str) -> Path:
+        """The ids of a split, one after the other, each a `token_dtype(vocab_size)`."""
+        return Path(self.folder) / f"{split}.bin"
+
+
+def prepare_text(
+    *,
+    path: str | None,
+    tokenizer: str,
+    vocab_size: int | None,
+    valid_fraction: float,
+    test_fraction: float,
+    cache_dir: str,
+) -> TokenFolder:
+    """Finds, splits and tokenises a text, or finds that this was done before.
+
+    The folder's name is a hash of the text of every split, the tokenizer and the vocabulary's size. It is written aside
+    and renamed, so that it is whole wherever it exists, also when several processes prepare it at once.
+
+    Args:
+        path: a text file, a folder (see `corpus.find_splits`), or None for Python's own manual.
+        tokenizer: 'bytes', 'sentencepiece' (trained on the train split), or the path of a sentencepiece model.
+        vocab_size: pieces to train; read for 'sentencepiece' only.
+        valid_fraction: share of the text held out, as `test_fraction`; unused where the text is split already.
+        cache_dir: where token folders are kept.
+
+    Raises:
+        ConfigError: if the text, the tokenizer, the vocabulary's size or the cache folder cannot be used.
+    """
+    if tokenizer == SENTENCEPIECE and vocab_size is None:
+        raise ConfigError("data.tokenizer=sentencepiece needs data.vocab_size; try data.vocab_size=8000")
+    model = None if tokenizer in (BYTES, SENTENCEPIECE) else read_model(tokenizer)
+    if model is not None:
+        SentencePieceTokenizer(model, tokenizer)
+    splits = corpus.find_splits(path, valid_fraction=valid_fraction, test_fraction=test_fraction)
+    pieces = vocab_size if tokenizer == SENTENCEPIECE else None
+    root = Path(os.path.abspath(os.path.expanduser(cache_dir))) / "text"
+    folder = root / _key(splits, tokenizer if model is None else hashlib.sha256(model).hexdigest(), pieces)
+    try:
+        return _load(folder) or _make(folder, splits, model, pieces)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"data.cache_dir={cache_dir} cannot be used ({reason}); give a folder that you may write to"
+        ) from error
+
+
+def check_length(tokens: TokenFolder, seq_len: int) -> None:
+    """Checks that the train split, and the valid split unless it is empty, hold one sample.
+
+    Raises:
+        ConfigError: if one holds fewer than `seq_len + 1` tokens.
+    """
+    for split in ("train", "valid"):
+        count = tokens.num_tokens[split]
+        if count < seq_len + 1 and (split == "train" or count):
+            raise too_short(tokens, split, seq_len)
+
+
+def too_short(tokens: TokenFolder, split: str, seq_len: int) -> ConfigError:
+    """The error for a split that does not hold one sample."""
+    count = tokens.num_tokens[split]
+    shorter = f"data.seq_len={count - 1} or " if count > 1 else ""
+    held_out = "" if split == "train" else f" or another data.{split}_fraction"
+    return ConfigError(
+        f"the text has {count} tokens in its {split} split, but one sample needs data.seq_len + 1 = {seq_len + 1}; "
+        f"use {shorter}a longer text{held_out}"
+    )
+
+
+def token_dtype(vocab_size: int) -> npt.DTypeLike:
+    """The smallest unsigned type that holds every id: uint8, uint16 or uint32."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+def _key(splits: Mapping[str, corpus.Text], tokenizer: str, vocab_size: int | None) -> str:
+    digests = {}
+    for split, text in splits.items():
+        digest = hashlib.sha256()
+        for chunk in corpus.read_chunks(text):
+            digest.update(chunk)
+        digests[split] = digest.hexdigest()
+    parts = {"format": FORMAT, "text": digests, "tokenizer": tokenizer, "vocab_size": vocab_size}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _load(folder: Path) -> TokenFolder | None:
+    """The finished folder; None where there is none or a file in it is missing or cut off."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        model = folder / MODEL_FILE
+        tokens = TokenFolder(
+            folder=str(folder),
+            vocab_size=meta["vocab_size"],
+            num_tokens=meta["num_tokens"],
+            num_bytes=meta["num_bytes"],
+            tokenizer=BYTES if meta["tokenizer"] == BYTES else str(model),
+        )
+        width = np.dtype(meta["dtype"]).itemsize
+        sizes = {tokens.file(split): count * width for split, count in tokens.num_tokens.items()}
+        if meta["tokenizer"] != BYTES:
+            sizes[model] = meta["model_bytes"]
+        return tokens if all(file.stat().st_size == size for file, size in sizes.items()) else None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _make(folder: Path, splits: Mapping[str, corpus.Text], model: bytes | None, vocab_size: int | None) -> TokenFolder:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    aside = folder.with_name(f"{ASIDE}{folder.name}-{uuid.uuid4().hex}")
+    aside.mkdir()
+    try:
+        _fill(aside, splits, _tokenizer(aside, splits["train"], model, vocab_size))
+        _publish(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    made = _load(folder)
+    if made is None:
+        raise OSError(f"{folder} was changed from outside while it was written")
+    return made
+
+
+def _tokenizer(aside: Path, train: corpus.Text, model: bytes | None, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer, trained if need be, its model written down."""
+    if vocab_size is not None:
+        num_bytes = corpus.num_bytes(train)
+        log.info("training a tokenizer of %d pieces on %.1f MB of text (once)", vocab_size, num_bytes / 1e6)
+        every = -(-num_bytes // TRAINING_BYTES) or 1
+        model = train_sentencepiece(itertools.islice(corpus.read_blocks(train), 0, None, every), vocab_size)
+    if model is None:
+        return ByteTokenizer()
+    _write(aside / MODEL_FILE, model)
+    return SentencePieceTokenizer(model, MODEL_FILE)
+
+
+def _fill(aside: Path, splits: Mapping[str, corpus.Text], tokenizer: Tokenizer) -> None:
+    """Writes the ids of every split, and what they are."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    num_bytes = {split: corpus.num_bytes(text) for split, text in splits.items()}
+    log.info("writing tokens of %.1f MB of text (once)", sum(num_bytes.values()) / 1e6)
+    num_tokens = {}
+    for split, text in splits.items():
+        with open(aside / f"{split}.bin", "wb") as file:
+            for block in corpus.read_blocks(text):
+                tokenizer.encode_lines(block).astype(dtype).tofile(file)
+            num_tokens[split] = file.tell() // np.dtype(dtype).itemsize
+            os.fsync(file.fileno())
+    own_model = aside / MODEL_FILE
+    meta: dict[str, Any] = {
+        "format": FORMAT,
+        "tokenizer": MODEL_FILE if own_model.exists() else BYTES,
+        "model_bytes": own_model.stat().st_size if own_model.exists() else 0,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": np.dtype(dtype).name,
+        "num_tokens": num_tokens,
+        "num_bytes": num_bytes,
+    }
+    _write(aside / "meta.json", json.dumps(meta, indent=2).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(aside: Path, folder: Path) -> None:
+    """Renames into place. Where another process was first, its folder stays; a damaged one makes way."""
+    if _load(folder) is None:
+        with contextlib.suppress(FileNotFoundError):
+            damaged = aside.with_name(f"{aside.name}-damaged")
+            folder.rename(damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        aside.rename(folder)
+    except OSError:
+        if _load(folder) is None:
+            raise
+
+
+def _remove_abandoned(root: Path) -> None:
+    for folder in root.glob(f"{ASIDE}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(folder)

@@ -1,0 +1,37 @@
+"""What Hydra writes into a folder before a run starts, and how to take it back."""
+
+import contextlib
+from pathlib import Path
+
+from pipetrain.paths import RunPaths
+
+_WRITTEN = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "multirun.yaml")
+
+
+class Footprint:
+    """Remembers a folder as it was, so that refused settings leave neither litter nor changed files behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        self._before = {
+            folder / name: (folder / name).read_bytes() if (folder / name).is_file() else None for name in _WRITTEN
+        }
+
+    def undo(self) -> None:
+        """Restores the folder, or removes it if it is new. A new folder that holds more than Hydra's files stays."""
+        log = RunPaths(self._folder).log
+        empty_log = {log} if log.is_file() and not log.stat().st_size else set()
+        found = {path for path in self._folder.rglob("*") if path.is_file()}
+        if self._missing and found - set(self._before) - empty_log:
+            return
+        for path, content in self._before.items():
+            if content is not None:
+                path.write_bytes(content)
+            elif path.parent.is_dir():
+                path.unlink(missing_ok=True)
+        for path in empty_log:
+            path.unlink()
+        for path in (self._folder / ".hydra", *self._missing):
+            with contextlib.suppress(OSError):  # not empty, or never made
+                path.rmdir()

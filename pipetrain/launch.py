@@ -1,0 +1,328 @@
+"""From checked settings to running processes: local workers, or one rank of a torchrun job. The first failure wins.
+
+Local workers are started by torch's elastic agent from a fork server that has torch loaded already. They meet through a file
+in the run folder, so there is no port to collide on and nothing listens but gloo's own loopback pairs.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from importlib import metadata
+from multiprocessing import forkserver
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from pipetrain import config
+from pipetrain.config import Config, TextConfig
+from pipetrain.data.text import check_length, prepare_text
+from pipetrain.devices import parse_devices
+from pipetrain.errors import ConfigError, Exit, PipetrainError
+from pipetrain.paths import RunPaths
+from pipetrain.training import checkpoint, status
+from pipetrain.training.build import build_recipe
+from pipetrain.training.job import Job
+from pipetrain.training.memory import ADVICE
+from pipetrain.worker import record_failure, run_local_worker, run_torchrun_rank
+
+_SAVE_GRACE_S = 120  # how long workers may take to finish a step and a checkpoint after a signal
+_PRELOADED = ["pipetrain.worker", "pipetrain.cli"]
+
+
+def launch(cfg: Config, root: Path) -> int:
+    """Trains; returns the exit code of the run.
+
+    Args:
+        cfg: the settings, not checked yet.
+        root: the run folder.
+
+    Raises:
+        PipetrainError: for everything that is found before a worker starts.
+    """
+    # Under torchrun only the first rank was given a folder for the run; a resumed run has one for all.
+    run = RunPaths((Path(cfg.resume) if cfg.resume else root).absolute())
+    if not _has_gpu_driver():
+        _start_fork_server()
+    job = prepare(cfg, run)
+    run.root.mkdir(parents=True, exist_ok=True)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _run_as_torchrun_rank(job)
+    with _locked(run):
+        return _run_local_workers(job)
+
+
+# ---- before a worker starts --------------------------------------------------------------------------------------
+
+
+def prepare(cfg: Config, run: RunPaths) -> Job:
+    """Checks every rule, prepares the text, and finds the checkpoint of a resumed run.
+
+    Raises:
+        ConfigError: with all that is wrong with the settings by themselves, or the first rule that a fact breaks.
+        CheckpointError: if a run is to be resumed that has no usable checkpoint.
+    """
+    num_gpus = torch.cuda.device_count()
+    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+    config.check(cfg, num_gpus, world)
+    devices = _torchrun_devices(world, num_gpus) if world else parse_devices(cfg.devices, num_gpus, cfg.partitions)
+    saved: checkpoint.Manifest | None = None
+    found: Path | None = None
+    if cfg.resume is not None:
+        found, skipped = checkpoint.find_usable(run.checkpoints)
+        for reason in skipped:
+            _say(f"skipped a checkpoint: {reason}")
+        saved = checkpoint.read_manifest(found)
+        config.check_resume(cfg, saved.config)
+    assert isinstance(cfg.data, TextConfig)
+    tokens = prepare_text(
+        path=cfg.data.path,
+        tokenizer=cfg.data.tokenizer,
+        vocab_size=cfg.data.vocab_size,
+        valid_fraction=cfg.data.valid_fraction,
+        test_fraction=cfg.data.test_fraction,
+        cache_dir=cfg.data.cache_dir,
+    )
+    check_length(tokens, cfg.data.seq_len)
+    config.check_model(cfg, len(build_recipe(cfg, tokens.vocab_size).layers), len(devices))
+    job = Job(cfg, run, tokens, devices, found)
+    if saved is not None and saved.data != job.data_id:
+        raise ConfigError(
+            f"the text of data.path={cfg.data.path} is not the one that {run.root} was trained on; "
+            "put the old text back, or start a new run"
+        )
+    return job
+
+
+def _torchrun_devices(world: int, num_gpus: int) -> tuple[str, ...]:
+    """Under torchrun every process takes the device of its local rank; of the others only the kind is known."""
+    if num_gpus == 0:
+        return ("cpu",) * world
+    local, rank = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ["RANK"])
+    if local >= num_gpus:
+        raise ConfigError(f"torchrun started more processes than this machine has GPUs ({num_gpus}); use fewer of them")
+    return tuple(f"cuda:{local}" if r == rank else "cuda" for r in range(world))
+
+
+def _has_gpu_driver() -> bool:
+    return Path("/dev/nvidia0").exists()
+
+
+def _start_fork_server() -> None:
+    """Starts importing torch for the workers while this process still checks the settings."""
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _locked(run: RunPaths) -> Iterator[None]:
+    """One living process for a run folder; the lock goes with the process, however it ends."""
+    with run.lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{run.root} is being written by another process; wait for it or stop it first") from None
+        yield
+
+
+# ---- local workers -----------------------------------------------------------------------------------------------
+
+
+def _run_local_workers(job: Job) -> int:
+    run = job.run
+    shutil.rmtree(run.scratch, ignore_errors=True)
+    run.scratch.mkdir(mode=0o700)
+    _write_environment(run)
+    _say(f"run folder: {_shown(run.root)}")
+    if all(device == "cpu" for device in job.devices) and len(job.devices) > 1:
+        _say(f"{len(job.devices)} CPU processes, one for each stage")
+    signalled: int | None = None
+    failed: ChildFailedError | None = None
+    try:
+        with _quiet_elastic(), _usr1_as_term():
+            elastic_launch(_elastic_config(job), run_local_worker)(job.to_json())
+    except ChildFailedError as error:
+        failed = error
+    except SignalException as error:
+        signalled = int(error.sigval)
+    finally:
+        _kill_leftovers(job)
+    code = _outcome(job, failed, signalled)
+    shutil.rmtree(run.scratch, ignore_errors=True)
+    if code in (Exit.DONE, Exit.PREEMPTED, Exit.INTERRUPTED):
+        _say_what_next(run, code)
+    return code
+
+
+def _elastic_config(job: Job) -> LaunchConfig:
+    scratch = job.run.scratch
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=len(job.devices),
+        run_id=uuid.uuid4().hex,
+        role="pipetrain",
+        rdzv_backend="c10d",
+        rdzv_endpoint=str(scratch / "rendezvous"),
+        rdzv_configs={"store_type": "file", "timeout": 60},
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn" if job.devices[0] != "cpu" else "forkserver",
+        local_addr="127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "logs")),
+        shutdown_timeout=_SAVE_GRACE_S,
+    )
+
+
+def _outcome(job: Job, failed: ChildFailedError | None, signalled: int | None) -> int:
+    """Decides how the run ended, prints the failure if it is one, and writes it into `status.json`."""
+    run = job.run
+    before = status.read(run)
+    if failed is None and signalled is None:
+        return Exit.DONE
+    records = sorted((json.loads(path.read_text()) for path in run.scratch.glob("failure.*.json")), key=_blame)
+    if before.get("exit_code") in (Exit.PREEMPTED, Exit.INTERRUPTED) and not records:
+        return int(before["exit_code"])
+    if records and not records[0]["secondary"]:
+        error, shown, code = records[0]["error"], records[0]["traceback"], int(records[0]["exit_code"])
+    elif signalled is not None:
+        code = Exit.INTERRUPTED if signalled == signal.SIGINT else Exit.TERMINATED
+        error, shown = "stopped by a signal before there was anything to save", ""
+    else:
+        error, shown, code = _silent_death(job, failed, {record["rank"] for record in records}), "", Exit.FAILED
+    state = "interrupted" if signalled is not None else "failed"
+    step, metrics = before.get("step", 0), before.get("metrics", {})
+    status.write(run, state, step=step, exit_code=int(code), error=error, metrics=metrics)
+    sys.stdout.flush()
+    sys.stderr.write(f"error: {error}\n{shown}")
+    sys.stderr.flush()
+    return int(code)
+
+
+def _blame(record: dict[str, Any]) -> tuple[bool, int]:
+    """A rank that lost its neighbour is a victim, whenever it noticed."""
+    return record["secondary"], record["time_ns"]
+
+
+def _silent_death(job: Job, failed: ChildFailedError | None, spoke: set[int]) -> str:
+    """Names the rank that ended without a word: killed from outside, or by a crash in native code."""
+    codes = {rank: failure.exitcode for rank, failure in failed.failures.items()} if failed is not None else {}
+    rank = next((rank for rank in range(len(job.devices)) if rank not in spoke), 0)
+    code = codes.get(rank)
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = f" by the system? If so, {ADVICE}" if name == "SIGKILL" else ""
+        return f"stage {rank} (rank {rank}) was killed by {name}{hint}"
+    return f"stage {rank} (rank {rank}) ended without a message (exit code {code})"
+
+
+def _kill_leftovers(job: Job) -> None:
+    """After a second Ctrl-C, or an agent that gave up waiting, some workers may still live."""
+    for rank in range(len(job.devices)):
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(job.run.pid(rank).read_text()), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _quiet_elastic() -> Iterator[None]:
+    """The agent's own reports blame the wrong rank at times and are long; ours is printed instead."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    before, logger.disabled = logger.level, True
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.disabled = False
+
+
+@contextlib.contextmanager
+def _usr1_as_term() -> Iterator[None]:
+    """SIGUSR1, which batch systems send ahead of the end, is handled like SIGTERM."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    kept = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGUSR1, forward)
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+# ---- torchrun ----------------------------------------------------------------------------------------------------
+
+
+def _run_as_torchrun_rank(job: Job) -> int:
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        job.run.scratch.mkdir(mode=0o700, exist_ok=True)
+        _write_environment(job.run)
+        _say(f"run folder: {_shown(job.run.root)}")
+    try:
+        return int(run_torchrun_rank(job))
+    except PipetrainError as error:
+        if rank == 0 or error.__cause__ is not None:
+            raise
+        return int(error.exit_code)
+    except Exception as error:
+        record_failure(job.run, rank, error)
+        raise
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _shown(path: Path) -> str:
+    """The path as the user would type it from here."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def _say_what_next(run: RunPaths, code: int) -> None:
+    step = status.read(run).get("step", 0)
+    state = {Exit.DONE: "finished", Exit.PREEMPTED: "preempted, saved", Exit.INTERRUPTED: "interrupted, saved"}[Exit(code)]
+    more = f" steps={2 * step}" if code == Exit.DONE else ""
+    _say(
+        f"{state} at step {step}\n"
+        f"run folder:  {_shown(run.root)}\n"
+        f"resume:      pipetrain resume={_shown(run.root)}{more}\n"
+        f"TensorBoard: tensorboard --logdir {_shown(run.root)}"
+    )
+
+
+def _write_environment(run: RunPaths) -> None:
+    packages = ("torch", "hydra-core", "omegaconf", "numpy", "sentencepiece", "tensorboard", "safetensors")
+    content = {
+        "pipetrain": metadata.version("pipetrain"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cores": len(os.sched_getaffinity(0)),
+        "command": shlex.join(sys.argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    run.environment.write_text(json.dumps(content, indent=2))

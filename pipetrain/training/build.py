@@ -1,0 +1,75 @@
+"""From the settings to the running pieces of one rank."""
+
+import dataclasses
+import resource
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pipetrain import models
+from pipetrain.config import Config, TextConfig
+from pipetrain.data.batches import TextBatches
+from pipetrain.data.text import TokenFolder
+from pipetrain.engine.runtime import Runtime
+from pipetrain.engine.stage import Stage
+from pipetrain.engine.tied import Tie
+from pipetrain.engine.transport import Transport
+from pipetrain.models import Recipe
+from pipetrain.partition.split import stages_of_ties, take_stage
+from pipetrain.sim.balance import even
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+
+
+def build_recipe(cfg: Config, vocab_size: int) -> Recipe:
+    """The model that the settings ask for, as layers not built yet."""
+    assert isinstance(cfg.data, TextConfig)
+    return models.build(
+        **dataclasses.asdict(cfg.model),
+        vocab_size=vocab_size,
+        seq_len=cfg.data.seq_len,
+        logit_clip=cfg.logit_clip,
+        logit_clip_kind=cfg.logit_clip_kind,
+    )
+
+
+def balance_of(cfg: Config, num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers of each stage."""
+    return even(num_layers, num_stages) if cfg.balance == "even" else tuple(cfg.balance)
+
+
+def ties_of(recipe: Recipe, balance: Sequence[int]) -> list[Tie]:
+    """The tied parameters with the stages they are used on."""
+    return [Tie(tuple(uses)) for uses in stages_of_ties(recipe, balance)]
+
+
+def build_runtime(
+    cfg: Config, recipe: Recipe, balance: Sequence[int], transport: Transport, device: torch.device
+) -> Runtime:
+    """Builds this rank's stage and the runtime around it."""
+    index, num_stages = transport.rank, len(balance)
+    stage = Stage(
+        index,
+        take_stage(recipe, balance, index, seed=cfg.seed, device=device),
+        device=device,
+        seed=cfg.seed,
+        loss_sum=recipe.loss_sum if index == num_stages - 1 else None,
+        autocast_dtype=AUTOCAST[cfg.precision],
+    )
+    ties = ties_of(recipe, balance)
+    return Runtime([stage], num_stages, transport, device, ties=ties, memory_bytes=_memory_meter(device))
+
+
+def open_data(cfg: Config, tokens: TokenFolder, split: str, order: str) -> TextBatches:
+    """One split of the text."""
+    assert isinstance(cfg.data, TextConfig)
+    return TextBatches(
+        tokens, split, seq_len=cfg.data.seq_len, batch_size=cfg.batch_size, order=order, seed=cfg.seed
+    )
+
+
+def _memory_meter(device: torch.device) -> Callable[[], float]:
+    """Measures the peak memory so far: of the device's allocator, or of this process."""
+    if device.type == "cuda":
+        return lambda: float(torch.cuda.max_memory_allocated(device))
+    return lambda: float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -1,0 +1,59 @@
+"""What the launcher hands to the workers: settings and facts, as JSON text."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipetrain import config
+from pipetrain.config import Config
+from pipetrain.data.text import TokenFolder
+from pipetrain.paths import RunPaths
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, ready to start.
+
+    Attributes:
+        cfg: the checked settings.
+        run: the run folder.
+        tokens: the prepared text.
+        devices: one name for each rank.
+        checkpoint: the verified checkpoint to go on from, or None.
+    """
+
+    cfg: Config
+    run: RunPaths
+    tokens: TokenFolder
+    devices: tuple[str, ...]
+    checkpoint: Path | None
+
+    @property
+    def data_id(self) -> str:
+        """Changes whenever the text, its split or its tokenizer changes."""
+        return Path(self.tokens.folder).name
+
+    def to_json(self) -> str:
+        """The job as text, for another process."""
+        return json.dumps(
+            {
+                "cfg": config.to_json(self.cfg),
+                "run": str(self.run.root),
+                "tokens": dataclasses.asdict(self.tokens),
+                "devices": self.devices,
+                "checkpoint": str(self.checkpoint) if self.checkpoint else None,
+            }
+        )
+
+    @staticmethod
+    def from_json(text: str) -> "Job":
+        """The inverse of `to_json`."""
+        raw = json.loads(text)
+        return Job(
+            cfg=config.from_json(raw["cfg"]),
+            run=RunPaths(Path(raw["run"])),
+            tokens=TokenFolder(**raw["tokens"]),
+            devices=tuple(raw["devices"]),
+            checkpoint=Path(raw["checkpoint"]) if raw["checkpoint"] else None,
+        )

@@ -1,0 +1,248 @@
+"""The training loop of one rank. All ranks run it in step; `train` is the page to print out."""
+
+import dataclasses
+import math
+import time
+from enum import IntEnum
+
+import torch
+
+from pipetrain import config, schedule
+from pipetrain.config import TextConfig, num_microbatches
+from pipetrain.engine.layer import Tensors
+from pipetrain.engine.report import StepReport
+from pipetrain.engine.transport import Transport
+from pipetrain.errors import Exit, NonFiniteError, PipetrainError, StageFailed
+from pipetrain.schedule import Schedule, build_forward_only
+from pipetrain.training import checkpoint, state, status
+from pipetrain.training.build import balance_of, build_recipe, build_runtime, open_data, ties_of
+from pipetrain.training.console import Console
+from pipetrain.training.evaluate import Evaluator
+from pipetrain.training.job import Job
+from pipetrain.training.memory import memory_advice
+from pipetrain.training.metrics import Metrics, compared_settings, pipeline_values
+from pipetrain.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from pipetrain.training.plan import drawn, make_plan
+
+
+class Request(IntEnum):
+    """What a signal asked a rank for. Added up over all ranks, INTERRUPT stays recognisable."""
+
+    NOTHING = 0
+    PREEMPT = 1
+    INTERRUPT = 10_000
+
+
+class Signals:
+    """The latest request; signal handlers set it, the loop reads it once a step."""
+
+    def __init__(self) -> None:
+        self.request = Request.NOTHING
+
+
+def train(job: Job, transport: Transport, device: torch.device, signals: Signals) -> Exit:
+    """Trains this rank's stage until the last step, or until a signal asks to stop.
+
+    Raises:
+        NonFiniteError: if the loss or a gradient became NaN or infinite. Weights and checkpoints are as before that step.
+        CheckpointError: if a checkpoint could not be written or read.
+    """
+    trainer = Trainer(job, transport, device, signals)
+    try:
+        return trainer.run()
+    except PipetrainError:
+        raise
+    except Exception as error:
+        rank, at, step = transport.rank, trainer.runtime.current or "the end of the step", trainer.step + 1
+        raise StageFailed(f"stage {rank} (rank {rank}) failed at {at}, step {step}{memory_advice(error)}") from error
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """One rank's pieces and how far they have come."""
+
+    def __init__(self, job: Job, transport: Transport, device: torch.device, signals: Signals) -> None:
+        cfg = self.cfg = job.cfg
+        assert isinstance(cfg.data, TextConfig)
+        self.job, self.transport, self.signals = job, transport, signals
+        self.step = 0
+        self._loss_val: float | None = None
+
+        recipe = self.recipe = build_recipe(cfg, job.tokens.vocab_size)
+        balance = self.balance = balance_of(cfg, len(recipe.layers), transport.num_ranks)
+        self.ties = ties_of(recipe, balance)
+        self.schedule: Schedule = schedule.build(
+            cfg.schedule, len(balance), num_microbatches(cfg), recompute=cfg.recompute == "always"
+        )
+        self.runtime = build_runtime(cfg, recipe, balance, transport, device)
+        self.program = self.runtime.prepare(self.schedule)
+        self.optimizer = build_optimizer(cfg.optimizer, self.runtime.own_parameters)
+        self.data = open_data(cfg, job.tokens, "train", cfg.data.order)
+        self.last_step = cfg.steps or (cfg.epochs or 0) * self.data.num_batches
+        if job.checkpoint is not None:
+            reader = checkpoint.Reader(job.checkpoint)
+            state.restore(reader, self.runtime, self.optimizer, self.ties)
+            self.step, self._loss_val = reader.manifest.step, reader.manifest.loss_val
+        self.evaluator = Evaluator(
+            self.runtime,
+            len(balance),
+            num_microbatches(cfg),
+            recipe.count,
+            job.tokens.num_bytes["train"] / job.tokens.num_tokens["train"],
+        )
+        plan = make_plan(self.schedule, job.devices, recipe, balance, self._count_parameters(), cfg.recompute)
+        # The first rank is the one that writes.
+        self.console: Console | None = None
+        self.metrics: Metrics | None = None
+        if transport.rank == 0:
+            job.run.plan.write_text(plan.to_json())
+            self.console = Console(self.step, self.last_step)
+            for line in (*plan.table(), *drawn(self.schedule)):
+                self.console.say(line)
+            self.metrics = Metrics(job.run, self.console, compared_settings(cfg, balance), self.step)
+            self.metrics.text("config", f"```json\n{config.to_json(cfg)}\n```")
+
+    # ---- the loop --------------------------------------------------------------------------------------------
+
+    def run(self) -> Exit:
+        """Goes on from the current step to the last one."""
+        self._write_status("running", None)
+        while self.step < self.last_step:
+            report, step_s = self._train_one_step()
+            self.step += 1
+            last = self.step == self.last_step
+            self._log(report, step_s, last)
+            self._loss_val = None
+            if self._due(self.cfg.eval.every) or (last and self.cfg.eval.every):
+                self._evaluate()
+            stop = self._exit_asked_for(report)
+            if self._due(self.cfg.checkpoint.every) or last or stop is not None:
+                self._save()
+            if stop is not None:
+                self._write_status(status.STATE_OF_EXIT[stop], stop)
+                return stop
+        self._write_status("finished", Exit.DONE)
+        return Exit.DONE
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _train_one_step(self) -> tuple[StepReport, float]:
+        started = time.perf_counter()
+        inputs, targets = self._batch()
+        self._finite = True
+        report = self.runtime.train_step(
+            self.program,
+            self.step,
+            inputs,
+            targets,
+            total=self.recipe.count(targets) if targets is not None else 0,
+            update=self._update,
+            request=float(self.signals.request),
+        )
+        if not self._finite:
+            self._explain_non_finite(report, inputs, targets)
+        return report, time.perf_counter() - started
+
+    def _batch(self) -> tuple[Tensors | None, Tensors | None]:
+        """The first stage needs the inputs, the last one the targets; the stages between read nothing."""
+        if self.transport.rank not in (0, len(self.balance) - 1):
+            return None, None
+        inputs, targets = self.data.batch(self.step)
+        device = self.runtime.device
+        return (inputs.to(device),), (targets.to(device),)
+
+    def _update(self, report: StepReport) -> None:
+        """Called by the runtime once the gradients of all stages are there."""
+        self._finite = math.isfinite(report.loss_sum) and math.isfinite(report.grad_norm)
+        if not self._finite:
+            return
+        clip_gradients(self.runtime.own_parameters.values(), report.grad_norm, self.cfg.grad_clip)
+        set_learning_rate(self.optimizer, learning_rate(self.cfg.optimizer.lr, self.cfg.lr_rule, self.step))
+        self.optimizer.step()
+
+    def _explain_non_finite(self, report: StepReport, inputs: Tensors | None, targets: Tensors | None) -> None:
+        """Repeats the forwards of the failed step, which gives the same numbers, and looks where it began."""
+        program = self.runtime.prepare(build_forward_only(len(self.balance), num_microbatches(self.cfg)))
+        found = self.runtime.find_non_finite(program, self.step, inputs, targets)
+        if found is not None:
+            stage, place, microbatch = found
+            names = [layer.name for layer in self.recipe.layers] + ["loss"]
+            where = f"the output of layer {names[sum(self.balance[:stage]) + place]}, stage {stage}, micro-batch {microbatch}"
+        else:
+            where = f"a gradient on stage {report.bad_stage}, while all forward values are finite"
+        kept = checkpoint.newest(self.job.run.checkpoints)
+        raise NonFiniteError(
+            f"step {self.step + 1}: NaN or infinity first appears in {where}. The weights were not updated; "
+            + (f"the checkpoint of step {kept[0]} is kept. " if kept else "there is no checkpoint yet. ")
+            + f"Try a lower optimizer.lr (now {self.cfg.optimizer.lr:g}), a longer lr_rule.warmup_steps "
+            f"(now {self.cfg.lr_rule.warmup_steps}), logit_clip=20, "
+            + ("precision=fp32, " if self.cfg.precision != "fp32" else "")
+            + f"or a smaller grad_clip (now {self.cfg.grad_clip})"
+        )
+
+    def _exit_asked_for(self, report: StepReport) -> Exit | None:
+        if report.requests == 0:
+            return None
+        return Exit.INTERRUPTED if report.requests >= Request.INTERRUPT else Exit.PREEMPTED
+
+    # ---- what is written -------------------------------------------------------------------------------------
+
+    def _log(self, report: StepReport, step_s: float, last: bool) -> None:
+        if self.metrics is None or self.console is None:
+            return
+        self.console.tick(self.step, report.loss_sum / report.count, report.count / step_s)
+        if not (last or self.step == 1 or self._due(self.cfg.log_every)):
+            return
+        values = {
+            "loss/train": report.loss_sum / report.count,
+            "lr": learning_rate(self.cfg.optimizer.lr, self.cfg.lr_rule, self.step - 1),
+            "grad/norm": report.grad_norm,
+            "speed/step_s": step_s,
+            "speed/samples_per_s": self.cfg.batch_size / step_s,
+            "speed/tokens_per_s": report.count / step_s,
+        }
+        self.metrics.log(self.step, values | pipeline_values(report.stages, self.schedule))
+        self._write_status("running", None)
+
+    def _evaluate(self) -> None:
+        valid = open_data(self.cfg, self.job.tokens, "valid", "once")
+        values = self.evaluator.run(valid, self.cfg.eval.batches)
+        self._loss_val = values["loss/val"]
+        if self.metrics is not None:
+            self.metrics.log(self.step, values)
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self.job.run.checkpoints,
+            state.collect(self.runtime, self.optimizer, self.ties),
+            self.transport,
+            step=self.step,
+            config=dataclasses.asdict(self.cfg),
+            data=self.job.data_id,
+            loss_val=self._loss_val,
+            keep=self.cfg.checkpoint.keep,
+        )
+
+    def _write_status(self, name: str, code: Exit | None) -> None:
+        if self.metrics is not None:
+            exit_code = None if code is None else int(code)
+            status.write(
+                self.job.run, name, step=self.step, exit_code=exit_code, error=None, metrics=self.metrics.latest
+            )
+
+    def _count_parameters(self) -> list[int]:
+        """Parameters of every stage, a tied one where it is used first."""
+        later_uses = {name for tie in self.ties for name, _ in tie.uses[1:]}
+        counts = torch.zeros(len(self.balance), dtype=torch.float64)
+        for index, stage in self.runtime.stages.items():
+            counts[index] = sum(p.numel() for name, p in stage.named_parameters() if name not in later_uses)
+        return [int(n) for n in self.transport.all_reduce(counts)]
+
+    def close(self) -> None:
+        """Gives back the terminal and flushes the files."""
+        if self.console is not None:
+            self.console.close()
+        if self.metrics is not None:
+            self.metrics.close()

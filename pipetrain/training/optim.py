@@ -1,0 +1,64 @@
+"""Optimizers from torch, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from pipetrain.config import AdafactorConfig, AdamConfig, LrRuleConfig, OptimizerConfig, SgdConfig
+
+
+def build_optimizer(cfg: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of one stage.
+
+    Whether a parameter is decayed depends on that parameter alone (matrices are, vectors are not), so the groups are the same
+    for every partitioning. Adam, AdamW and SGD run fused: one pass over the memory of each parameter.
+    """
+    trained = [p for p in parameters.values() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if isinstance(cfg, AdamConfig):
+        kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
+        return kind(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
+    if isinstance(cfg, SgdConfig):
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=True)
+    assert isinstance(cfg, AdafactorConfig)
+    return torch.optim.Adafactor(groups, lr=cfg.lr, beta2_decay=cfg.beta2_decay, d=cfg.clip_threshold)
+
+
+def learning_rate(peak: float, rule: LrRuleConfig, step: int) -> float:
+    """The learning rate of the update after mini-batch `step` (0, 1, ...).
+
+    It never depends on how many steps the run has, so that a finished run can go on. inverse_sqrt: Vaswani et al. 2017,
+    section 5.3, scaled to reach the peak at the end of the warm-up.
+    """
+    if step < rule.warmup_steps:
+        return peak * (step + 1) / rule.warmup_steps
+    if rule.name == "constant":
+        return peak
+    if rule.name == "inverse_sqrt":
+        return peak * math.sqrt(max(rule.warmup_steps, 1) / (step + 1))
+    assert rule.decay_steps is not None
+    progress = min(1.0, (step - rule.warmup_steps) / (rule.decay_steps - rule.warmup_steps))
+    left = 1 - progress if rule.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return peak * (rule.end_fraction + (1 - rule.end_fraction) * left)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Makes the next update use this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, limit: float | None) -> None:
+    """Scales the gradients down if their global norm is above the limit; every rank takes the same factor."""
+    if limit is None or norm <= limit:
+        return
+    factor = limit / (norm + 1e-6)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)

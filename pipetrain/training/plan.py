@@ -1,0 +1,86 @@
+"""The plan of a run: what is printed before the first step and kept in `plan.json`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from pipetrain.costs import StageCost
+from pipetrain.models import Recipe
+from pipetrain.schedule import Schedule, bubble_fraction, grid
+from pipetrain.sim.simulate import simulate
+
+_WIDEST_GRID = 110
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage before it runs."""
+
+    stage: int
+    device: str
+    layers: list[str]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who computes what, and how busy everybody would be if all stages cost the same."""
+
+    stages: list[StagePlan]
+    schedule: str
+    num_microbatches: int
+    recompute: str
+    bubble_fraction: float
+
+    @property
+    def balance(self) -> list[int]:
+        return [len(stage.layers) for stage in self.stages]
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "balance": self.balance}, indent=2)
+
+    def table(self) -> list[str]:
+        """Lines for the console: a row a stage, then the schedule in a sentence."""
+        rows = [("stage", "device", "layers", "", "parameters")]
+        for stage in self.stages:
+            first, last = stage.layers[0], stage.layers[-1]
+            span = first if first == last else f"{first} .. {last}"
+            rows.append((str(stage.stage), stage.device, str(len(stage.layers)), span, f"{stage.parameters:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        total = sum(stage.parameters for stage in self.stages)
+        lines.append(
+            f"{total:,} parameters, schedule {self.schedule}, {self.num_microbatches} micro-batches, "
+            f"recompute {self.recompute}; with equal stages {self.bubble_fraction:.1%} of the time would be bubble"
+        )
+        return lines
+
+
+def make_plan(
+    schedule: Schedule,
+    devices: Sequence[str],
+    recipe: Recipe,
+    balance: Sequence[int],
+    parameters: Sequence[int],
+    recompute: str,
+) -> Plan:
+    """Puts the plan together from the schedule, the layers and the parameters of every stage."""
+    names = [layer.name for layer in recipe.layers]
+    cost = StageCost(forward_s=1, backward_s=2, recompute_s=1)
+    stages = [
+        StagePlan(s, devices[schedule.placement[s]], names[sum(balance[:s]) : sum(balance[: s + 1])], parameters[s])
+        for s in range(schedule.num_stages)
+    ]
+    return Plan(
+        stages=stages,
+        schedule=schedule.name,
+        num_microbatches=schedule.num_microbatches,
+        recompute=recompute,
+        bubble_fraction=bubble_fraction(simulate(schedule, [cost] * schedule.num_stages), schedule.num_ranks),
+    )
+
+
+def drawn(schedule: Schedule) -> list[str]:
+    """The lines of the schedule's grid, where it fits a terminal."""
+    lines = grid(schedule).splitlines()
+    return lines if max(map(len, lines)) <= _WIDEST_GRID else []

@@ -1,0 +1,67 @@
+"""What a checkpoint holds of one stage: weights, buffers and optimizer state, by names of the unsplit model.
+
+A tied parameter is stored once, under the name of its first use, with the state that belongs to it; every use is restored
+from there.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pipetrain.engine.runtime import Runtime
+from pipetrain.engine.tied import Tie
+from pipetrain.errors import CheckpointError
+from pipetrain.training.checkpoint import Reader
+
+
+def collect(runtime: Runtime, optimizer: torch.optim.Optimizer, ties: Sequence[Tie]) -> dict[str, Tensor]:
+    """The tensors that this rank writes."""
+    later_uses = {name for tie in ties for name, _ in tie.uses[1:]}
+    tensors: dict[str, Tensor] = {}
+    for stage in runtime.stages.values():
+        tensors |= {f"model/{name}": buffer for name, buffer in stage.named_buffers()}
+    for name, parameter in runtime.own_parameters.items():
+        if name in later_uses:
+            continue
+        tensors[f"model/{name}"] = parameter
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value
+    return tensors
+
+
+@torch.no_grad()
+def restore(reader: Reader, runtime: Runtime, optimizer: torch.optim.Optimizer, ties: Sequence[Tie]) -> None:
+    """Fills this rank's weights, buffers and optimizer state from a checkpoint of any partitioning.
+
+    Raises:
+        CheckpointError: if a tensor is missing or has another shape.
+    """
+    stored_as = {name: tie.uses[0][0] for tie in ties for name, _ in tie.uses}
+    buffers = {name: b for stage in runtime.stages.values() for name, b in stage.named_buffers()}
+    for name, tensor in {**runtime.own_parameters, **buffers}.items():
+        stored = reader.get(f"model/{stored_as.get(name, name)}")
+        if stored.shape != tensor.shape:
+            raise CheckpointError(f"{name} is {list(stored.shape)} in the checkpoint, but {list(tensor.shape)} in the model")
+        tensor.copy_(stored)
+    _restore_optimizer(reader, runtime.own_parameters, optimizer, stored_as)
+
+
+def _restore_optimizer(
+    reader: Reader,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    stored_as: Mapping[str, str],
+) -> None:
+    name_of = {parameter: name for name, parameter in parameters.items()}
+    state: dict[int, dict[str, Tensor]] = {}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(ordered):
+        name = name_of[parameter]
+        prefix = f"optimizer/{stored_as.get(name, name)}/"
+        values = {full.removeprefix(prefix): reader.get(full) for full in reader.names(prefix)}
+        if values:
+            state[index] = values
+    # torch's own loading casts and moves each value as the optimizer wants it; the groups stay those of the settings.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,152 @@
+"""One rank: a local process that `launch` started, or a process of a torchrun job."""
+
+import ctypes
+import dataclasses
+import datetime
+import json
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from pipetrain.engine.transport import DistributedTransport
+from pipetrain.errors import Exit, PipetrainError
+from pipetrain.paths import RunPaths
+from pipetrain.training.job import Job
+from pipetrain.training.loop import Request, Signals, train
+from pipetrain.training.memory import memory_advice
+
+_INIT_TIMEOUT = datetime.timedelta(minutes=30)
+_PR_SET_PDEATHSIG = 1
+
+# How the death of a neighbour looks from here. A rank that fails with one of these was not the first.
+_SECONDARY = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Socket Timeout|Timed out waiting|remote process exited|"
+    r"NCCL .*(remote|unhandled)|Connection refused",
+    re.IGNORECASE,
+)
+
+
+def run_local_worker(job_json: str) -> None:
+    """Body of a local worker process. Leaves through `os._exit` unless all went well: sockets close at once, and the
+    neighbours notice within milliseconds.
+    """
+    _die_with_launcher()
+    job, rank = Job.from_json(job_json), int(os.environ["RANK"])
+    job.run.pid(rank).write_text(str(os.getpid()))
+    signals = Signals()
+    _listen(signals, job.run)
+    try:
+        store = dist.FileStore(str(job.run.store), int(os.environ["WORLD_SIZE"]))
+        code = run_rank(job, signals, store)
+    except BaseException as error:
+        code = record_failure(job.run, rank, error)
+    if code != Exit.DONE:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run_torchrun_rank(job: Job) -> Exit:
+    """Runs this process as one rank of the job that torchrun (or another launcher with its variables) started."""
+    signals = Signals()
+    _listen(signals, job.run)
+    return run_rank(job, signals, None)
+
+
+def run_rank(job: Job, signals: Signals, store: dist.Store | None) -> Exit:
+    """Joins the process group and trains this rank's stage."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(_threads(job))
+    device = torch.device(job.devices[rank])
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_INIT_TIMEOUT)
+    job = _with_common_folder(job)
+    logging.basicConfig(
+        filename=job.run.log, level=logging.INFO, format=f"[%(asctime)s][stage {rank}] %(message)s", force=True
+    )
+    logging.captureWarnings(True)
+    try:
+        return train(job, DistributedTransport(device), device, signals)
+    finally:
+        if sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def _with_common_folder(job: Job) -> Job:
+    """Under torchrun every rank names a run folder of its own; the first rank's is taken."""
+    roots = [str(job.run.root)]
+    dist.broadcast_object_list(roots, src=0)
+    return dataclasses.replace(job, run=RunPaths(Path(roots[0])))
+
+
+def record_failure(run: RunPaths, rank: int, error: BaseException) -> Exit:
+    """Writes down what ended this rank, for the launcher to choose the one to blame. Returns the exit code."""
+    cause = error.__cause__ if error.__cause__ is not None and not isinstance(error, KeyboardInterrupt) else error
+    for_user = isinstance(error, PipetrainError) and error.__cause__ is None
+    text = str(error) if isinstance(error, PipetrainError) else f"stage {rank} (rank {rank}) failed{memory_advice(error)}"
+    code = error.exit_code if isinstance(error, PipetrainError) else Exit.FAILED
+    shown = "" if for_user else "".join(traceback.format_exception(cause))
+    record = {
+        "rank": rank,
+        "error": text,
+        "traceback": shown,
+        "exit_code": int(code),
+        "secondary": bool(_SECONDARY.search(str(cause))),
+        "time_ns": time.time_ns(),
+    }
+    logging.getLogger(__name__).error("%s\n%s", text, shown)
+    aside = run.failure(rank).with_suffix(".writing")
+    aside.write_text(json.dumps(record))
+    os.replace(aside, run.failure(rank))
+    return code
+
+
+def _threads(job: Job) -> int:
+    if job.cfg.threads == "auto":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", len(job.devices)))
+        return max(1, len(os.sched_getaffinity(0)) // local)
+    return int(job.cfg.threads)
+
+
+def _listen(signals: Signals, run: RunPaths) -> None:
+    """Turns signals into requests that the loop answers at the end of its step."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if any(run.scratch.glob("failure.*.json")):
+            os._exit(Exit.FAILED)  # the launcher clears up behind another rank's failure: nothing left to save
+        signals.request = Request.INTERRUPT if number == signal.SIGINT else Request.PREEMPT
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handle)
+
+
+def _die_with_launcher() -> None:
+    """No orphans: the kernel ends this process with its parent, and a thread watches the launcher itself.
+
+    (The parent is the fork server, which ends as soon as the launcher does; the thread covers systems without prctl.)
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    launcher = multiprocessing.parent_process()
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        launcher.join()
+        os._exit(Exit.FAILED)
+
+    threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
