@@ -32,14 +32,11 @@ def draw(spans: Sequence[Span], placement: Sequence[int], column_s: float = 1.0)
     )
 
 
-def mark(schedule: Schedule, culprit: Action) -> str:
-    """Prints every rank's list, eight actions around the culprit, with an arrow at it."""
+def mark(schedule: Schedule, culprits: Sequence[Action]) -> str:
+    """Prints every rank's list, eight actions around the first culprit in it, with an arrow at each culprit."""
     lines = []
     for rank, row in enumerate(schedule.actions):
-        if culprit in row:
-            at = row.index(culprit)
-            shown = [f"-->{a}<--" if a == culprit else str(a) for a in row[max(0, at - 8) : at + 9]]
-        else:
-            shown = [*map(str, row[:16])] + (["..."] if len(row) > 16 else [])
-        lines.append(f"rank {rank} | {' '.join(shown)}")
+        at = next((i for i, action in enumerate(row) if action in culprits), 8)
+        shown = [f"-->{a}<--" if a in culprits else str(a) for a in row[max(0, at - 8) : at + 9]]
+        lines.append(f"rank {rank} | {' '.join(shown)}{' ...' if at + 9 < len(row) else ''}")
     return "\n".join(lines)

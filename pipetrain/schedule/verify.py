@@ -47,8 +47,8 @@ def peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
     return tuple(peaks)
 
 
-def _fail(schedule: Schedule, rule: str, culprit: Action) -> ScheduleError:
-    return ScheduleError(f"schedule {schedule.name}: {rule}\n{mark(schedule, culprit)}")
+def _fail(schedule: Schedule, rule: str, *culprits: Action) -> ScheduleError:
+    return ScheduleError(f"schedule {schedule.name}: {rule}\n{mark(schedule, culprits)}")
 
 
 def _check_places(schedule: Schedule) -> None:
@@ -112,6 +112,7 @@ def _partner(action: Action) -> Action:
 def _check_progress(schedule: Schedule) -> None:
     """Runs the lists with blocking messages: the strictest reading, which every transport is at least as free as."""
     everything = set(schedule)
+    has_messages = any(action.kind in MESSAGES for action in schedule)
     done: set[Action] = set()
     position = [0] * schedule.num_ranks
 
@@ -124,7 +125,7 @@ def _check_progress(schedule: Schedule) -> None:
             partner = _partner(action)
             return partner in done or head(schedule.placement[partner.stage]) == partner
         wanted = needs(schedule, action, everything.__contains__)
-        return all(a in done for a in wanted) and all(a in done for a in _receives_for(schedule, action))
+        return all(a in done for a in wanted) and (not has_messages or all(a in done for a in _receives_for(schedule, action)))
 
     progress = True
     while progress:
@@ -134,13 +135,14 @@ def _check_progress(schedule: Schedule) -> None:
                 done.add(action)
                 position[rank] += 1
                 progress = True
-    for rank in range(schedule.num_ranks):
-        if (blocked := head(rank)) is not None:
-            raise _fail(schedule, f"deadlock: {blocked} can never start", blocked)
+    blocked = {rank: action for rank in range(schedule.num_ranks) if (action := head(rank)) is not None}
+    if blocked:
+        where = ", ".join(f"rank {rank} at {action}" for rank, action in blocked.items())
+        raise _fail(schedule, f"deadlock, waiting for ever: {where}", *blocked.values())
 
 
 def _receives_for(schedule: Schedule, action: Action) -> list[Action]:
-    """The receive that brings a compute action its input; none in a schedule that has no messages yet."""
+    """The receive that brings a compute action its input from another rank."""
     s, m, step = action.stage, action.microbatch, action.step
     if action.kind is Kind.FORWARD and s > 0:
         receive, source = Action(Kind.RECEIVE_FORWARD, s, m, step), s - 1
@@ -148,5 +150,4 @@ def _receives_for(schedule: Schedule, action: Action) -> list[Action]:
         receive, source = Action(Kind.RECEIVE_BACKWARD, s, m, step), s + 1
     else:
         return []
-    has_messages = any(a.kind in MESSAGES for a in schedule)
-    return [receive] if has_messages and schedule.placement[source] != schedule.placement[s] else []
+    return [receive] if schedule.placement[source] != schedule.placement[s] else []

@@ -1,0 +1,87 @@
+"""Runs a recipe through the engine with all ranks in this process."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipetrain import schedule
+from pipetrain.engine.local import LocalTransport, run_ranks
+from pipetrain.engine.report import StepReport
+from pipetrain.engine.runtime import Runtime
+from pipetrain.engine.stage import Stage
+from pipetrain.engine.tied import Tie
+from pipetrain.models import Recipe
+from pipetrain.partition.split import stages_of_ties, take_stage
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Result:
+    """What all ranks together ended with; parameters and gradients by unsplit name."""
+
+    reports: list[StepReport]
+    parameters: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def build_runtime(
+    recipe: Recipe,
+    balance: Sequence[int],
+    transport: LocalTransport,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    autocast_dtype: torch.dtype | None = None,
+) -> Runtime:
+    layers = [(n, m.to(dtype)) for n, m in take_stage(recipe, balance, transport.rank, seed=seed, device=CPU)]
+    stage = Stage(
+        transport.rank,
+        layers,
+        device=CPU,
+        seed=seed,
+        loss_sum=recipe.loss_sum if transport.rank == len(balance) - 1 else None,
+        autocast_dtype=autocast_dtype,
+    )
+    ties = [Tie(tuple(uses)) for uses in stages_of_ties(recipe, balance)]
+    return Runtime([stage], len(balance), transport, CPU, ties=ties)
+
+
+def train(
+    recipe: Recipe,
+    balance: Sequence[int],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    *,
+    num_microbatches: int,
+    recompute: bool = True,
+    lr: float = 1e-2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    autocast_dtype: torch.dtype | None = None,
+) -> Result:
+    """Trains one step a batch with AdamW; the gradients are those of the last step."""
+    plan = schedule.build("gpipe", len(balance), num_microbatches, recompute=recompute)
+
+    def rank_main(transport: LocalTransport) -> Result:
+        runtime = build_runtime(recipe, balance, transport, seed=seed, dtype=dtype, autocast_dtype=autocast_dtype)
+        optimizer = torch.optim.AdamW([{"params": list(runtime.own_parameters.values())}], lr=lr)  # a stage may have none
+        program = runtime.prepare(plan)
+        reports = []
+        for step, (inputs, targets) in enumerate(batches):
+            total = recipe.count((targets,))
+            report = runtime.train_step(
+                program, step, (inputs,), (targets,), total=total, update=lambda _: optimizer.step() and None
+            )
+            reports.append(report)
+        parameters = {n: p.detach().clone() for n, p in runtime.parameters.items()}
+        gradients = {n: p.grad.clone() for n, p in runtime.parameters.items() if p.grad is not None}
+        return Result(reports, parameters, gradients)
+
+    results = run_ranks(len(balance), rank_main)
+    merged = Result(results[0].reports, {}, {})
+    for result in results:
+        merged.parameters |= result.parameters
+        merged.gradients |= result.gradients
+    return merged

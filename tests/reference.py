@@ -1,0 +1,44 @@
+"""Plain PyTorch against which the engine is checked. Imports nothing from pipetrain.engine or pipetrain.schedule."""
+
+import torch
+from torch import Tensor, nn
+
+from pipetrain.models import Recipe
+from pipetrain.partition.split import build_layer
+from pipetrain.seeds import derive_seed
+
+
+def plain_model(recipe: Recipe, seed: int) -> nn.Sequential:
+    """The whole model as one module; tied parameters are one object."""
+    model = nn.Sequential()
+    for layer in recipe.layers:
+        model.add_module(layer.name.replace(".", "_"), build_layer(layer, seed))
+    for (first_layer, first_name), *others in recipe.ties:
+        shared = getattr(model, first_layer).get_parameter(first_name)
+        for layer, name in others:
+            owner, _, last = name.rpartition(".")
+            setattr(getattr(model, layer).get_submodule(owner), last, shared)
+    return model
+
+
+def plain_gradients(recipe: Recipe, model: nn.Sequential, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Loss of the whole mini-batch at once, as a mean over its valid tokens, and its gradients in `.grad`."""
+    model.zero_grad()
+    loss = recipe.loss_sum((model(inputs),), (targets,)) / recipe.count((targets,))
+    loss.backward()
+    return loss.detach()
+
+
+def microbatch_loss(recipe: Recipe, model: nn.Sequential, pieces: list[tuple[Tensor, Tensor]], seed: int, step: int) -> float:
+    """Loss sum over micro-batches with the random layers drawing what `pipetrain.seeds` promises; adds to `.grad`."""
+    total = sum(recipe.count((targets,)) for _, targets in pieces)
+    loss_sum = 0.0
+    for m, (inputs, targets) in enumerate(pieces):
+        value = inputs
+        for layer, module in zip(recipe.layers, model, strict=True):
+            torch.manual_seed(derive_seed(seed, step, layer.name, m, 0))
+            value = module(value)
+        loss = recipe.loss_sum((value,), (targets,))
+        (loss / total).backward()
+        loss_sum += float(loss.detach().double())
+    return loss_sum

@@ -1,0 +1,204 @@
+"""The rules about settings: every message of `check`, and the way to JSON and back."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from pipetrain import config
+from pipetrain.config import AdafactorConfig, AdamConfig, Config, LrRuleConfig, SgdConfig, TextConfig, TransformerConfig
+from pipetrain.errors import ConfigError
+
+
+def settings(**changes: Any) -> Config:
+    """Good settings, except for `changes`; a key such as `model__layers` reaches into a group."""
+    cfg = Config(
+        name="test",
+        model=TransformerConfig(),
+        data=TextConfig(),
+        optimizer=AdamConfig(name="adamw"),
+        lr_rule=LrRuleConfig(),
+        steps=10,
+    )
+    for key, value in changes.items():
+        group, _, name = key.rpartition("__")
+        node = getattr(cfg, group) if group else cfg
+        assert hasattr(node, name)
+        setattr(node, name, value)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"devices": 4, "balance": [1, 2, 3, 2]},
+        {"devices": "auto", "partitions": 3, "balance": [1, 2, 3]},
+        {"steps": None, "epochs": 2},
+        {"threads": "auto"},
+        {"logit_clip": 5.0, "grad_clip": None, "logit_clip_kind": "soft"},
+        {"lr_rule": LrRuleConfig(name="cosine", warmup_steps=2, decay_steps=10)},
+        {"data__tokenizer": "sentencepiece", "data__vocab_size": 100},
+        {"data__valid_fraction": 0.0, "data__test_fraction": 0.0},
+        {"micro_batches": 16, "batch_size": 16},
+        {"micro_batches": 3, "batch_size": 16},
+        {"eval__every": 0, "checkpoint__every": 0, "seed": 0},
+    ],
+)
+def test_good_settings(changes: dict[str, Any]) -> None:
+    config.check(settings(**changes), num_gpus=0)
+
+
+BAD = [
+    ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+    ({"micro_batches": 0}, "micro_batches=0 must be at least 1"),
+    ({"steps": 0}, "steps=0 must be at least 1"),
+    ({"steps": None, "epochs": 0}, "epochs=0 must be at least 1"),
+    ({"log_every": 0}, "log_every=0 must be at least 1"),
+    ({"eval__every": -1}, "eval.every=-1 must be at least 0"),
+    ({"eval__batches": 0}, "eval.batches=0 must be at least 1"),
+    ({"checkpoint__every": -1}, "checkpoint.every=-1 must be at least 0"),
+    ({"checkpoint__keep": 0}, "checkpoint.keep=0 must be at least 1"),
+    ({"seed": -1}, "seed=-1 must be at least 0"),
+    ({"optimizer__weight_decay": -0.5}, "optimizer.weight_decay=-0.5 must be at least 0"),
+    ({"lr_rule__warmup_steps": -1}, "lr_rule.warmup_steps=-1 must be at least 0"),
+    ({"lr_rule__end_fraction": -1.0}, "lr_rule.end_fraction=-1.0 must be at least 0"),
+    ({"data__seq_len": 0}, "data.seq_len=0 must be at least 1"),
+    ({"data__vocab_size": 0, "data__tokenizer": "sentencepiece"}, "data.vocab_size=0 must be at least 1"),
+    ({"threads": 0}, "threads=0 must be at least 1"),
+    ({"threads": "many"}, "threads=many must be a whole number or auto; try threads=1"),
+    ({"threads": True}, "threads=True must be a whole number or auto"),
+    ({"logit_clip": 0.0}, "logit_clip=0.0 must be greater than 0 and finite; use null to switch it off"),
+    ({"logit_clip": float("nan")}, "logit_clip=nan must be greater than 0 and finite"),
+    ({"grad_clip": float("inf")}, "grad_clip=inf must be greater than 0 and finite; use null to switch it off"),
+    ({"optimizer__lr": -1.0}, "optimizer.lr=-1.0 must be greater than 0 and finite; 1e-3 is a common value"),
+    ({"schedule": "gpip"}, "schedule=gpip: no such choice. Did you mean 'gpipe'? Choose one of: gpipe"),
+    ({"recompute": "sometimes"}, "recompute=sometimes: no such choice. Choose one of: always, never"),
+    ({"precision": "16"}, "precision=16: no such choice. Did you mean 'bf16'? Choose one of: fp32, bf16"),
+    ({"logit_clip_kind": "sof"}, "logit_clip_kind=sof: no such choice. Did you mean 'soft'?"),
+    ({"lr_rule__name": "cosin"}, "lr_rule.name=cosin: no such choice. Did you mean 'cosine'?"),
+    ({"model__positions": "rotary"}, "model.positions=rotary: no such choice. Choose one of: learned, sinusoidal"),
+    ({"model__init_scale": "depth"}, "model.init_scale=depth: no such choice."),
+    ({"data__order": "random"}, "data.order=random: no such choice. Choose one of: shuffled, contiguous"),
+    (
+        {"lr_rule__name": "cosine"},
+        "needs lr_rule.decay_steps, the step at which the decay ends; try lr_rule.decay_steps=10",
+    ),
+    ({"lr_rule__name": "linear", "steps": None, "epochs": 1}, "lr_rule=linear needs lr_rule.decay_steps"),
+    (
+        {"lr_rule": LrRuleConfig(name="linear", warmup_steps=5, decay_steps=5)},
+        "lr_rule.decay_steps=5 must be greater than lr_rule.warmup_steps=5",
+    ),
+    ({"lr_rule__decay_steps": 5}, "lr_rule.decay_steps=5 means nothing to lr_rule=constant; use lr_rule=cosine"),
+    ({"devices": 0}, "devices=0 must be at least 1"),
+    (
+        {"devices": 2, "partitions": 3},
+        "partitions=3, but devices=2 gives 2 devices and schedule=gpipe runs one stage on each; use devices=3",
+    ),
+    (
+        {"devices": 3, "balance": [2, 3]},
+        "balance=[2,3] names 2 stages, but there are 3 devices; use devices=2, or a list of 3, or balance=even",
+    ),
+    ({"devices": 2, "balance": [0, 3]}, "balance=[0,3] must be a list of whole numbers, each at least 1"),
+    ({"devices": 2, "balance": [1.5, 3]}, "balance=[1.5,3] must be a list of whole numbers"),
+    ({"devices": 2, "balance": []}, "balance=[] must be a list of whole numbers"),
+    ({"balance": "auto"}, "balance=auto must be even or a list of layers per stage, such as balance=[2,3,3]"),
+    (
+        {"micro_batches": 9, "batch_size": 8},
+        "micro_batches=9 is more than batch_size=8: a micro-batch needs at least one sample; use micro_batches=8",
+    ),
+    ({"model__layers": 0}, "model.layers=0 must be at least 1"),
+    ({"model__d_model": 0}, "model.d_model=0 must be at least 1"),
+    ({"model__d_ff": 0}, "model.d_ff=0 must be at least 1"),
+    ({"model__heads": 0}, "model.heads=0 must be at least 1"),
+    ({"model__dropout": 1.0}, "model.dropout=1.0 must be at least 0 and below 1"),
+    ({"model__heads": 5}, "model.heads=5 does not divide model.d_model=256; try model.heads=4"),
+    (
+        {"model__positions": "sinusoidal", "model__d_model": 33, "model__heads": 3},
+        "model.positions=sinusoidal needs an even model.d_model (got 33)",
+    ),
+    (
+        {"data__valid_fraction": 0.5, "data__test_fraction": 0.5},
+        "data.valid_fraction=0.5 and data.test_fraction=0.5 must be at least 0 and leave something to train on",
+    ),
+    ({"data__valid_fraction": -0.1}, "data.valid_fraction=-0.1 and"),
+    (
+        {"data__tokenizer": "sentencepiece"},
+        "data.tokenizer=sentencepiece needs data.vocab_size; try data.vocab_size=8000",
+    ),
+    (
+        {"data__vocab_size": 100},
+        "data.vocab_size=100 is only for data.tokenizer=sentencepiece; data.tokenizer=bytes brings",
+    ),
+    ({"optimizer__weight_decay": float("nan")}, "optimizer.weight_decay=nan must be at least 0"),
+    ({"optimizer__betas": [0.9]}, "optimizer.betas=[0.9] must be two numbers, each at least 0 and below 1"),
+    ({"optimizer__betas": [0.9, 1.0]}, "optimizer.betas=[0.9,1.0] must be two numbers"),
+    ({"optimizer__eps": -1.0}, "optimizer.eps=-1.0 must be at least 0"),
+    ({"optimizer": SgdConfig(name="sgd", momentum=-1.0)}, "optimizer.momentum=-1.0 must be at least 0"),
+    (
+        {"optimizer": SgdConfig(name="sgd", nesterov=True)},
+        "optimizer.nesterov=true needs momentum",
+    ),
+    (
+        {"optimizer": AdafactorConfig(name="adafactor", clip_threshold=0.5)},
+        "clip_threshold=0.5 must be at least 1",
+    ),
+    ({"optimizer": AdafactorConfig(name="adafactor", beta2_decay=0.5)}, "optimizer.beta2_decay=0.5 must be 0 or less"),
+    ({"steps": None}, "give either steps=... or epochs=..., neither was given"),
+    ({"epochs": 3}, "give either steps=... or epochs=..., got steps=10 and epochs=3; the other one is null"),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD)
+def test_message_of_every_rule(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.check(settings(**changes), num_gpus=0)
+    assert text in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.check(settings(steps=0, model__heads=5, recompute="no"), num_gpus=0)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("balance", "num_layers", "num_stages", "text"),
+    [
+        ([2, 3], 6, 2, "balance=[2,3] sums to 5, but the model has 6 layers (the last number could be 4)"),
+        ([7, 3], 6, 2, "balance=[7,3] sums to 10, but the model has 6 layers (use smaller numbers or balance=even)"),
+        ("even", 6, 7, "7 stages, but the model has only 6 layers and every stage needs one; use devices=6 or fewer"),
+    ],
+)
+def test_balance_must_fit_the_model(balance: Any, num_layers: int, num_stages: int, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.check_model(settings(balance=balance), num_layers, num_stages)
+    assert text in str(caught.value)
+
+
+def test_fitting_balance() -> None:
+    config.check_model(settings(balance=[2, 4]), 6, 2)
+    config.check_model(settings(), 6, 6)
+
+
+@pytest.mark.parametrize(("batch_size", "given", "count"), [(8, None, 8), (64, None, 16), (64, 5, 5)])
+def test_micro_batches(batch_size: int, given: int | None, count: int) -> None:
+    assert config.num_microbatches(settings(batch_size=batch_size, micro_batches=given)) == count
+    assert config.num_microbatches(settings(batch_size=batch_size, micro_batches=given, devices=8)) == count
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [AdamConfig(name="adam", betas=[0.5, 0.6]), SgdConfig(name="sgd", momentum=0.9), AdafactorConfig(name="adafactor")],
+)
+def test_json_round_trip(optimizer: config.OptimizerConfig) -> None:
+    cfg = settings(optimizer=optimizer, balance=[1, 2], devices=["cpu", "cpu"], logit_clip=3.0, eval__every=7)
+    assert config.from_json(config.to_json(cfg)) == cfg
+
+
+def test_every_setting_is_explained() -> None:
+    schemas = [schema for group in config.SCHEMAS.values() for schema in group.values()]
+    for schema in [Config, LrRuleConfig, config.EvalConfig, config.CheckpointConfig, *schemas]:
+        for field in dataclasses.fields(schema):
+            assert field.metadata.get("help"), f"{schema.__name__}.{field.name}"
