@@ -277,15 +277,15 @@ def _prepare(args: Namespace, parser: ArgumentParser, words: list[str]) -> None:
     argv.refuse_flags(unknown, args.overrides)
     if args.multirun and (args.cfg or args.info):
         raise ConfigError("--cfg and --info show one run: leave -m out, and give one value for each key")
-    folder = os.environ.get("PIPETRAIN_CONF")
-    if folder and not Path(folder).expanduser().is_dir():
-        raise ConfigError(f"the environment says PIPETRAIN_CONF={folder}, but there is no such folder")
+    for folder in _folders()[:-1]:
+        if not folder.is_dir():
+            raise ConfigError(f"the environment says PIPETRAIN_CONF={folder}, but there is no such folder")
     if args.shell_completion or args.help or args.hydra_help:
         return
     rewritten = argv.rewrite(args.overrides, _session.rank)
-    if rewritten.resume is not None and args.multirun:
-        raise ConfigError("resume=RUN goes on with one run: leave -m out")
     _session.resume = rewritten.resume
+    if _session.resume and args.multirun:
+        raise ConfigError("resume=RUN goes on with one run: leave -m out")
     args.overrides = rewritten.overrides
     args.config_dir = rewritten.config_dir or args.config_dir
     args.config_name = rewritten.config_name or args.config_name

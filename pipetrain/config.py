@@ -64,10 +64,10 @@ class TextConfig(DataConfig):
     path: str | None = setting(
         "a text file, or a folder of .txt files (train/valid/test files are used as such); null = Python's manual", None
     )
-    tokenizer: str = setting("bytes | sentencepiece (trained on the text, once) | path of a sentencepiece model", "bytes")
+    tokenizer: str = setting("bytes | sentencepiece (trained on the text, once) | path of such a model", "bytes")
     vocab_size: int | None = setting("pieces to train when tokenizer=sentencepiece", None)
-    seq_len: int = setting("tokens in one sample", 256)
-    order: str = setting("shuffled (windows in random order) | contiguous (each row reads on where it stopped)", "shuffled")
+    seq_len: int = setting("tokens in one sample", 128)
+    order: str = setting("shuffled (random windows) | contiguous (each row reads on where it stopped)", "shuffled")
     valid_fraction: float = setting("share of a single text held out for validation", 0.05)
     test_fraction: float = setting("share of a single text held out for testing", 0.05)
     cache_dir: str = setting("where token files and trained tokenizers are kept", "~/.cache/pipetrain")
@@ -281,8 +281,8 @@ def _check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems
     else:
         if world_size is not None and cfg.devices != "auto":
             problems.append(
-                f"devices={cfg.devices} was given, but torchrun started {world_size} processes and chooses the devices; "
-                "leave devices out"
+                f"devices={cfg.devices}, but torchrun started {world_size} processes and chooses the devices; "
+                "leave devices out, or use devices=auto where a file sets it"
             )
         if cfg.partitions is not None and cfg.partitions != len(devices):
             problems.append(
@@ -298,7 +298,8 @@ def _check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems
         bad = [n for n in cfg.balance if isinstance(n, bool) or not isinstance(n, int) or n < 1]
         if bad or not cfg.balance:
             problems.append(
-                f"balance={_show(cfg.balance)} must be a list of whole numbers, each at least 1: every stage needs a layer"
+                f"balance={_show(cfg.balance)} must be a list of whole numbers, each at least 1: "
+                "every stage needs a layer"
             )
     elif cfg.balance != "even":
         problems.append(f"balance={cfg.balance} must be even or a list of layers per stage, such as balance=[2,3,3]")
@@ -347,7 +348,7 @@ def _check_optimizer(optimizer: OptimizerConfig, problems: list[str]) -> None:
         betas = optimizer.betas
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             shown = ",".join(map(str, betas))
-            problems.append(f"optimizer.betas=[{shown}] must be two numbers, each at least 0 and below 1; try [0.9,0.999]")
+            problems.append(f"optimizer.betas=[{shown}] must be two numbers from 0 to below 1; try [0.9,0.999]")
         if not optimizer.eps >= 0:
             problems.append(f"optimizer.eps={optimizer.eps} must be at least 0")
     if isinstance(optimizer, SgdConfig):

@@ -226,7 +226,7 @@ def _silent_death(job: Job, failed: ChildFailedError | None, spoke: set[int]) ->
     code = codes.get(rank)
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        hint = f" by the system? If so, {ADVICE}" if name == "SIGKILL" else ""
+        hint = f". If the system did it, it ran {ADVICE}" if name == "SIGKILL" else ""
         return f"stage {rank} (rank {rank}) was killed by {name}{hint}"
     return f"stage {rank} (rank {rank}) ended without a message (exit code {code})"
 
@@ -241,14 +241,16 @@ def _kill_leftovers(job: Job) -> None:
 @contextlib.contextmanager
 def _quiet_elastic() -> Iterator[None]:
     """The agent's own reports blame the wrong rank at times and are long; ours is printed instead."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    before, logger.disabled = logger.level, True
-    logger.setLevel(logging.CRITICAL + 1)
+    noisy = ("torch.distributed.elastic", "torch.multiprocessing")
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(noisy)]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     try:
         yield
     finally:
-        logger.setLevel(before)
-        logger.disabled = False
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 @contextlib.contextmanager

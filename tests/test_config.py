@@ -131,7 +131,7 @@ BAD = [
         "data.vocab_size=100 is only for data.tokenizer=sentencepiece; data.tokenizer=bytes brings",
     ),
     ({"optimizer__weight_decay": float("nan")}, "optimizer.weight_decay=nan must be at least 0"),
-    ({"optimizer__betas": [0.9]}, "optimizer.betas=[0.9] must be two numbers, each at least 0 and below 1"),
+    ({"optimizer__betas": [0.9]}, "optimizer.betas=[0.9] must be two numbers from 0 to below 1"),
     ({"optimizer__betas": [0.9, 1.0]}, "optimizer.betas=[0.9,1.0] must be two numbers"),
     ({"optimizer__eps": -1.0}, "optimizer.eps=-1.0 must be at least 0"),
     ({"optimizer": SgdConfig(name="sgd", momentum=-1.0)}, "optimizer.momentum=-1.0 must be at least 0"),
@@ -155,6 +155,17 @@ def test_message_of_every_rule(changes: dict[str, Any], text: str) -> None:
         config.check(settings(**changes), num_gpus=0)
     assert text in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_torchrun_chooses_the_devices() -> None:
+    config.check(settings(balance=[1, 2, 3]), num_gpus=0, world_size=3)
+    for changes, text in [
+        ({"devices": 3}, "devices=3, but torchrun started 3 processes and chooses the devices; leave devices out"),
+        ({"balance": [1, 2]}, "balance=[1,2] names 2 stages, but there are 3 devices"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            config.check(settings(**changes), num_gpus=0, world_size=3)
+        assert text in str(caught.value)
 
 
 def test_all_problems_are_named_at_once() -> None:

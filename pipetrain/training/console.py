@@ -37,7 +37,7 @@ class Console:
     def line(self, step: int, values: Mapping[str, float]) -> None:
         """Prints the values that people watch, and on plain output how long it will take."""
         shown = "  ".join(f"{name} {_short(values[name])}" for name in _SHOWN if name in values)
-        eta = "" if self._bar is not None else f"  ETA {self._eta(step)}"
+        eta = "" if self._bar is not None or "loss/train" not in values else f"  ETA {self._eta(step)}"
         self._out.print(f"step {step}/{self._last}  {shown}{eta}")
 
     def say(self, text: str) -> None:
