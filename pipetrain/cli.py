@@ -178,7 +178,7 @@ def _job(raw: DictConfig) -> None:
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     if _session.sweep is not None:
-        _session.sweep.run(folder, settings.job.override_dirname, lambda: _launch(raw, folder))
+        _session.sweep.run(folder, list(settings.overrides.task), lambda: _launch(raw, folder))
         return
     try:
         _session.code = _launch(raw, folder)

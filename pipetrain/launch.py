@@ -42,7 +42,7 @@ from pipetrain.training.memory import ADVICE
 from pipetrain.worker import record_failure, run_local_worker, run_torchrun_rank
 
 _SAVE_GRACE_S = 120  # how long workers may take to finish a step and a checkpoint after a signal
-_PRELOADED = ["pipetrain.worker", "pipetrain.cli"]
+PRELOADED = ["pipetrain.worker", "pipetrain.cli"]  # what the fork server imports before it makes workers
 
 
 def launch(cfg: Config, root: Path) -> int:
@@ -125,7 +125,7 @@ def _has_gpu_driver() -> bool:
 
 def _start_fork_server() -> None:
     """Starts importing torch for the workers while this process still checks the settings."""
-    multiprocessing.set_forkserver_preload(_PRELOADED)
+    multiprocessing.set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
 
 

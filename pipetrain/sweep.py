@@ -14,6 +14,7 @@ from pipetrain.errors import Exit, PipetrainError
 from pipetrain.paths import RunPaths
 
 _MAX_SLUG = 80
+_UNLIMITED = 10_000
 _STOPS = (Exit.INTERRUPTED, Exit.PREEMPTED, Exit.TERMINATED)
 _COLUMNS = (("loss/train", "{:.4f}"), ("loss/val", "{:.4f}"), ("speed/tokens_per_s", "{:,.0f}"))
 
@@ -42,7 +43,7 @@ class Job:
     """One row of the table."""
 
     folder: Path
-    overrides: str
+    overrides: list[str]
     state: str = "running"
     code: int = 0
 
@@ -54,7 +55,7 @@ class Sweep:
     folder: Path
     jobs: list[Job] = field(default_factory=list)
 
-    def run(self, folder: Path, overrides: str, start: Callable[[], int]) -> None:
+    def run(self, folder: Path, overrides: list[str], start: Callable[[], int]) -> None:
         """Runs one job, unless its folder says that it was finished before; a failing one does not end the sweep.
 
         Raises:
@@ -62,7 +63,7 @@ class Sweep:
         """
         job = Job(folder, overrides)
         self.jobs.append(job)
-        title = f"job {len(self.jobs) - 1}: {overrides or 'the settings as they are'}"
+        title = f"job {len(self.jobs) - 1}: {' '.join(overrides)}"
         if read_status(folder).get("state") == "finished":
             job.state = "finished"
             print(f"{title}: finished before, skipped ({_short(folder)})", flush=True)
@@ -99,22 +100,29 @@ class Sweep:
     def print_table(self) -> None:
         """Prints one row for each job and the command that shows them side by side."""
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("job", "overrides", "state", "step", *(name for name, _ in _COLUMNS), box=None, pad_edge=False)
+        overrides = Column("overrides", overflow="fold")
+        table = Table("job", overrides, "state", "step", *(name for name, _ in _COLUMNS), box=None, pad_edge=False)
         for number, job in enumerate(self.jobs):
             status = read_status(job.folder)
             metrics = status.get("metrics") or {}
             numbers = [_cell(metrics.get(name), form) for name, form in _COLUMNS]
-            table.add_row(str(number), job.overrides, job.state, _cell(status.get("step"), "{}"), *numbers)
+            differing = " ".join(word for word in job.overrides if word not in self._shared())
+            table.add_row(str(number), differing, job.state, _cell(status.get("step"), "{}"), *numbers)
         console = Console(markup=False, highlight=False)
         if not console.is_terminal:
-            console.width = max(console.measure(table).maximum, 80)
+            console.width = _UNLIMITED
         console.print()
         console.print(table)
         failed = sum(job.code != 0 for job in self.jobs)
-        console.print(f"\n{len(self.jobs)} jobs, {f'{failed} failed' if failed else 'all finished'}")
+        console.print(f"\njobs: {len(self.jobs)}, failed: {failed}")
         console.print(f"tensorboard --logdir {_short(self.folder)}", soft_wrap=True)
+
+    def _shared(self) -> list[str]:
+        """The settings that all jobs have in common: no use in a table that compares them."""
+        rest = self.jobs[1:]
+        return [word for word in self.jobs[0].overrides if rest and all(word in job.overrides for job in rest)]
 
 
 def _cell(value: Any, form: str) -> str:

@@ -1,6 +1,7 @@
 """Sweeps: jobs in order, failures named at once, the table, finished runs skipped, a stop that stops."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,8 @@ def run(launch: Launch) -> Launch:
 
 
 def test_jobs_run_in_order_in_named_folders(run: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["-m", "devices=1,2,4", "experiment=demo"]) == 0
-    assert [(cfg.devices, cfg.name) for cfg, _ in run.calls] == [(1, "demo"), (2, "demo"), (4, "demo")]
+    assert cli.main(["-m", "devices=1,2,4"]) == 0
+    assert [cfg.devices for cfg, _ in run.calls] == [1, 2, 4]
     (sweep,) = (tmp_path / "sweeps").iterdir()
     assert [folder.parent for _, folder in run.calls] == [sweep] * 3
     assert [folder.name for _, folder in run.calls] == ["0_devices-1", "1_devices-2", "2_devices-4"]
@@ -46,10 +47,29 @@ def test_jobs_run_in_order_in_named_folders(run: Launch, tmp_path: Path, capsys:
     assert err == ""
     assert f"job 0: devices=1 -> {(sweep / '0_devices-1').relative_to(tmp_path)}\njob 0: devices=1: finished\n" in out
     assert "HYDRA" not in out
-    assert "3 jobs, all finished" in out
+    assert "jobs: 3, failed: 0" in out
     assert f"tensorboard --logdir {sweep.relative_to(tmp_path)}\n" in out
     row = next(line for line in out.splitlines() if line.startswith("2 "))
     assert row.split() == ["2", "devices=4", "finished", "300", "2.5000", "2.7500", "12,346"]
+
+
+def test_table_shows_what_differs(run: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["-m", f"data.path={'x' * 200}", "devices=[cpu],[cpu,cpu]"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split()[:3] for line in out[out.index("overrides") :].splitlines() if line[:1].isdigit()]
+    assert rows == [["0", "devices=[cpu]", "finished"], ["1", "devices=[cpu,cpu]", "finished"]]
+
+
+def test_every_job_has_its_own_log(run: Launch) -> None:
+    def talk(cfg: Config, folder: Path) -> int:
+        logging.getLogger("pipetrain").info("job with devices=%s", cfg.devices)
+        return finishes(cfg, folder)
+
+    run.result = talk
+    assert cli.main(["-m", "devices=1,2"]) == 0
+    for cfg, folder in run.calls:
+        (line,) = (folder / "pipetrain.log").read_text().splitlines()
+        assert line.endswith(f"job with devices={cfg.devices}")
 
 
 def test_sweep_in_a_file(run: Launch) -> None:
@@ -66,7 +86,7 @@ def test_failed_job_is_named_and_the_sweep_goes_on(run: Launch, capsys: pytest.C
     assert failed < out.index("job 2: devices=4 ->")
     row = next(line for line in out.splitlines() if line.startswith("1 "))
     assert row.split() == ["1", "devices=2", "failed", "17", "-", "-", "-"]
-    assert "3 jobs, 1 failed" in out
+    assert "jobs: 3, failed: 1" in out
 
 
 @pytest.mark.parametrize("error", [ConfigError("balance is wrong"), KeyError("a bug")])
@@ -82,7 +102,7 @@ def test_error_of_a_job_does_not_kill_the_table(
     assert cli.main(["-m", "devices=1,4,2"]) == Exit.FAILED
     out, err = capsys.readouterr()
     assert len(run.calls) == 3
-    assert "3 jobs, 1 failed" in out
+    assert "jobs: 3, failed: 1" in out
     assert ("Traceback" in err) == isinstance(error, KeyError)
     state = "refused" if isinstance(error, ConfigError) else "crashed"
     assert f"job 1: devices=4: {state}" in out
@@ -101,7 +121,7 @@ def test_stop_ends_the_sweep(code: int, run: Launch, capsys: pytest.CaptureFixtu
     run.result = lambda cfg, folder: code if cfg.devices == 2 else finishes(cfg, folder)
     assert cli.main(["-m", "devices=1,2,4"]) == code
     assert len(run.calls) == 2
-    assert "2 jobs, 1 failed" in capsys.readouterr().out
+    assert "jobs: 2, failed: 1" in capsys.readouterr().out
 
 
 def test_ctrl_c_between_jobs(run: Launch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,13 +147,19 @@ def test_second_time_only_unfinished_jobs_run(run: Launch, tmp_path: Path, capsy
     assert run.cfg.resume is None
     out = capsys.readouterr().out
     assert "job 0: devices=1: finished before, skipped (s/0_devices-1)" in out
-    assert "3 jobs, all finished" in out
+    assert "jobs: 3, failed: 0" in out
 
 
 def test_interrupted_job_goes_on_from_its_checkpoint(run: Launch, tmp_path: Path) -> None:
     (tmp_path / "s" / "0_devices-1" / "checkpoints" / "step_5").mkdir(parents=True)
     assert cli.main(["-m", "devices=1,2", "hydra.sweep.dir=s"]) == 0
     assert [cfg.resume for cfg, _ in run.calls] == [str(tmp_path / "s" / "0_devices-1"), None]
+
+
+def test_another_experiment_is_another_job(run: Launch) -> None:
+    assert cli.main(["-m", "experiment=demo,scaling", "devices=1", "hydra.sweep.dir=s"]) == 0
+    assert cli.main(["-m", "experiment=scaling,demo", "devices=1", "hydra.sweep.dir=s"]) == 0
+    assert [cfg.name for cfg, _ in run.calls] == ["demo", "scaling", "scaling", "demo"]
 
 
 def test_refused_sweep_keeps_the_earlier_one(run: Launch, tmp_path: Path) -> None:
@@ -165,5 +191,5 @@ def test_long_slugs_stay_short_and_different() -> None:
 
 def test_table_without_any_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "status.json").write_text("not JSON")
-    Sweep(tmp_path, [Job(tmp_path, "a=1", "failed", 1)]).print_table()
-    assert "1 jobs, 1 failed" in capsys.readouterr().out
+    Sweep(tmp_path, [Job(tmp_path, ["a=1"], "failed", 1)]).print_table()
+    assert "jobs: 1, failed: 1" in capsys.readouterr().out

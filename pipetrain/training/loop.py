@@ -108,6 +108,11 @@ class Trainer:
     def run(self) -> Exit:
         """Goes on from the current step to the last one."""
         self._write_status("running", None)
+        if self.step >= self.last_step and self.console is not None:
+            self.console.say(
+                f"step {self.step} of {self.last_step} is reached already; add steps=..., for example "
+                f"steps={2 * self.step}, to go on"
+            )
         while self.step < self.last_step:
             report, step_s = self._train_one_step()
             self.step += 1

@@ -1,0 +1,10 @@
+"""`python drive.py FAULT key=value ...`: the pipetrain command whose workers have the fault of that name (see `faulty`)."""
+
+import sys
+
+from pipetrain import cli, launch
+
+if __name__ == "__main__":
+    # The fork server imports this before it makes workers, so they inherit what it changes.
+    launch.PRELOADED.append("faulty")
+    sys.exit(cli.main(sys.argv[2:]))
