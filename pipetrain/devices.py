@@ -37,7 +37,8 @@ def _count(count: int, num_gpus: int) -> tuple[str, ...]:
     if count > num_gpus:
         gpus = "1 GPU" if num_gpus == 1 else f"{num_gpus} GPUs"
         raise ConfigError(
-            f"devices={count}, but this machine has {gpus}. Use devices={num_gpus}, or devices=cpu:{count} for CPU processes"
+            f"devices={count}, but this machine has {gpus}. Use devices={num_gpus}, "
+            f"or devices=cpu:{count} for CPU processes"
         )
     return tuple(f"cuda:{i}" for i in range(count))
 

@@ -1,7 +1,7 @@
 """From checked settings to running processes: local workers, or one rank of a torchrun job. The first failure wins.
 
-Local workers are started by torch's elastic agent from a fork server that has torch loaded already. They meet through a file
-in the run folder, so there is no port to collide on and nothing listens but gloo's own loopback pairs.
+Local workers are started by torch's elastic agent from a fork server that has torch loaded already. They meet through
+a file in the run folder, so there is no port to collide on and nothing listens but gloo's own loopback pairs.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pipetrain import config
+from pipetrain import rules
 from pipetrain.config import Config, TextConfig
 from pipetrain.data.text import check_length, prepare_text
 from pipetrain.devices import parse_devices
@@ -79,7 +79,7 @@ def prepare(cfg: Config, run: RunPaths) -> Job:
     """
     num_gpus = torch.cuda.device_count()
     world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
-    config.check(cfg, num_gpus, world)
+    rules.check(cfg, num_gpus, world)
     devices = _torchrun_devices(world, num_gpus) if world else parse_devices(cfg.devices, num_gpus, cfg.partitions)
     saved: checkpoint.Manifest | None = None
     found: Path | None = None
@@ -88,7 +88,7 @@ def prepare(cfg: Config, run: RunPaths) -> Job:
         for reason in skipped:
             _say(f"skipped a checkpoint: {reason}")
         saved = checkpoint.read_manifest(found)
-        config.check_resume(cfg, saved.config)
+        rules.check_resume(cfg, saved.config)
     assert isinstance(cfg.data, TextConfig)
     tokens = prepare_text(
         path=cfg.data.path,
@@ -99,7 +99,7 @@ def prepare(cfg: Config, run: RunPaths) -> Job:
         cache_dir=cfg.data.cache_dir,
     )
     check_length(tokens, cfg.data.seq_len)
-    config.check_model(cfg, len(build_recipe(cfg, tokens.vocab_size).layers), len(devices))
+    rules.check_model(cfg, len(build_recipe(cfg, tokens.vocab_size).layers), len(devices))
     job = Job(cfg, run, tokens, devices, found)
     if saved is not None and saved.data != job.data_id:
         raise ConfigError(
@@ -305,7 +305,9 @@ def _shown(path: Path) -> str:
 
 def _say_what_next(run: RunPaths, code: int) -> None:
     step = status.read(run).get("step", 0)
-    state = {Exit.DONE: "finished", Exit.PREEMPTED: "preempted, saved", Exit.INTERRUPTED: "interrupted, saved"}[Exit(code)]
+    state = {Exit.DONE: "finished", Exit.PREEMPTED: "preempted, saved", Exit.INTERRUPTED: "interrupted, saved"}[
+        Exit(code)
+    ]
     more = f" steps={2 * step}" if code == Exit.DONE else ""
     _say(
         f"{state} at step {step}\n"

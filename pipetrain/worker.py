@@ -18,6 +18,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
 from pipetrain.engine.transport import DistributedTransport
 from pipetrain.errors import Exit, PipetrainError
@@ -47,7 +48,7 @@ def run_local_worker(job_json: str) -> None:
     signals = Signals()
     _listen(signals, job.run)
     try:
-        store = dist.FileStore(str(job.run.store), int(os.environ["WORLD_SIZE"]))
+        store = FileStore(str(job.run.store), int(os.environ["WORLD_SIZE"]))
         code = run_rank(job, signals, store)
     except BaseException as error:
         code = record_failure(job.run, rank, error)
@@ -64,7 +65,7 @@ def run_torchrun_rank(job: Job) -> Exit:
     return run_rank(job, signals, None)
 
 
-def run_rank(job: Job, signals: Signals, store: dist.Store | None) -> Exit:
+def run_rank(job: Job, signals: Signals, store: Store | None) -> Exit:
     """Joins the process group and trains this rank's stage."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(_threads(job))
@@ -97,7 +98,9 @@ def record_failure(run: RunPaths, rank: int, error: BaseException) -> Exit:
     """Writes down what ended this rank, for the launcher to choose the one to blame. Returns the exit code."""
     cause = error.__cause__ if error.__cause__ is not None and not isinstance(error, KeyboardInterrupt) else error
     for_user = isinstance(error, PipetrainError) and error.__cause__ is None
-    text = str(error) if isinstance(error, PipetrainError) else f"stage {rank} (rank {rank}) failed{memory_advice(error)}"
+    text = (
+        str(error) if isinstance(error, PipetrainError) else f"stage {rank} (rank {rank}) failed{memory_advice(error)}"
+    )
     code = error.exit_code if isinstance(error, PipetrainError) else Exit.FAILED
     shown = "" if for_user else "".join(traceback.format_exception(cause))
     record = {

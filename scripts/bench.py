@@ -3,8 +3,8 @@
     make bench                                  all parts, a table, and bench/bench.json
     .venv/bin/python scripts/bench.py emulated  one part: plain, two_stages or emulated
 
-Everything compared is measured in one run, in turns, and medians are printed. Wall time goes from barrier to barrier over
-`STEPS` steps. Run it on an idle machine: other work shows up as lost efficiency.
+Everything compared is measured in one run, in turns, and medians are printed. Wall time goes from barrier to barrier
+over `STEPS` steps. Run it on an idle machine: other work shows up as lost efficiency.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from pipetrain.partition.split import build_layer, take_stage
 from pipetrain.sim.balance import even
 from pipetrain.training.optim import build_optimizer, clip_gradients
 
-STEPS, ROUNDS = 10, 5
+STEPS, ROUNDS = 5, 3
 CPU = torch.device("cpu")
 MICRO_BATCHES, EMULATED_MICRO_BATCHES = 16, 32
 FORWARD_S, BACKWARD_S, MESSAGE_FLOATS = 0.010, 0.020, 64 * 1024 // 4
@@ -106,9 +106,9 @@ def pipeline_step(recipe: Recipe, inputs: Tensor, targets: Tensor) -> Callable[[
         clip_gradients(runtime.own_parameters.values(), report.grad_norm, 1.0)
         optimizer.step()
 
-    return lambda: runtime.train_step(
-        program, next(number), (inputs,), (targets,), total=targets.numel(), update=update
-    ) and None
+    return lambda: (
+        runtime.train_step(program, next(number), (inputs,), (targets,), total=targets.numel(), update=update) and None
+    )
 
 
 def plain_step(recipe: Recipe, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
@@ -180,16 +180,27 @@ def part_two_stages() -> dict[str, Any]:
 # ---- emulated devices ------------------------------------------------------------------------------------------------
 
 
+def device_works_for(seconds: float) -> None:
+    """Sleeps, and waits out the last moment awake: a plain sleep wakes up to half a millisecond late."""
+    until = time.perf_counter() + seconds
+    time.sleep(seconds - 0.0005)
+    while time.perf_counter() < until:
+        pass
+
+
 class _Sleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        time.sleep(FORWARD_S)
+        device_works_for(FORWARD_S)
         return x + weight
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        time.sleep(BACKWARD_S)
-        return gradients[0], gradients[0].sum().reshape(1)
+        device_works_for(BACKWARD_S)
+        gradient = gradients[
+            0
+        ].contiguous()  # torch receives into buffers of the same strides, and gloo wants them plain
+        return gradient, gradient.sum().reshape(1)
 
 
 class SleepingLayer(nn.Module):
@@ -225,9 +236,12 @@ def _emulated_pipetrain(rank: int, world: int, inputs: Tensor, num_microbatches:
     runtime = Runtime([stage], world, DistributedTransport(CPU), CPU)
     program = runtime.prepare(schedule.build("gpipe", world, num_microbatches, recompute=False))
     optimizer = torch.optim.SGD(runtime.own_parameters.values(), lr=0.1)
-    return lambda: runtime.train_step(
-        program, 0, (inputs,), (inputs,), total=inputs.numel(), update=lambda report: optimizer.step()
-    ) and None
+    return lambda: (
+        runtime.train_step(
+            program, 0, (inputs,), (inputs,), total=inputs.numel(), update=lambda report: optimizer.step()
+        )
+        and None
+    )
 
 
 def _emulated_torch(rank: int, world: int, inputs: Tensor, num_microbatches: int) -> Callable[[], None]:
@@ -269,9 +283,9 @@ def part_emulated() -> dict[str, Any]:
 
 
 def _medians(times: dict[str, Any]) -> dict[str, float]:
-    return {f"{k}_s": statistics.median(v) if isinstance(v, list) else v for k, v in times.items() if k != "forward_ms"} | {
-        k: v for k, v in times.items() if k == "forward_ms"
-    }
+    return {
+        f"{k}_s": statistics.median(v) if isinstance(v, list) else v for k, v in times.items() if k != "forward_ms"
+    } | {k: v for k, v in times.items() if k == "forward_ms"}
 
 
 def _spread(values: list[float]) -> list[float]:
@@ -310,7 +324,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench/bench.json"))
     arguments = parser.parse_args()
     results: dict[str, Any] = {
-        "machine": {"cores": len(os.sched_getaffinity(0)), "processor": platform.processor(), "torch": torch.__version__}
+        "machine": {
+            "cores": len(os.sched_getaffinity(0)),
+            "processor": platform.processor(),
+            "torch": torch.__version__,
+        }
     }
     for part in arguments.parts:
         results[part] = PARTS[part]()

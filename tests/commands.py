@@ -12,7 +12,14 @@ from typing import Any
 
 TESTS = Path(__file__).parent
 # A model that trains a step in milliseconds.
-QUICK = ["model=transformer/tiny", "data.seq_len=16", "log_every=1", "eval.every=0", "checkpoint.every=0", "batch_size=8"]
+QUICK = [
+    "model=transformer/tiny",
+    "data.seq_len=16",
+    "log_every=1",
+    "eval.every=0",
+    "checkpoint.every=0",
+    "batch_size=8",
+]
 FOREVER = [*QUICK, "steps=100000", "log_every=10"]
 
 

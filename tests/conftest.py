@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+
 def pytest_report_header() -> str:
     return f"torch {torch.__version__}"
 

@@ -1,4 +1,4 @@
-"""`python drive.py FAULT key=value ...`: the pipetrain command whose workers have the fault of that name (see `faulty`)."""
+"""`python drive.py FAULT key=value ...`: the pipetrain command with workers that have a fault (see `faulty`)."""
 
 import sys
 

@@ -66,7 +66,9 @@ def train(
 
     def rank_main(transport: LocalTransport) -> Result:
         runtime = build_runtime(recipe, balance, transport, seed=seed, dtype=dtype, autocast_dtype=autocast_dtype)
-        optimizer = torch.optim.AdamW([{"params": list(runtime.own_parameters.values())}], lr=lr)  # a stage may have none
+        optimizer = torch.optim.AdamW(
+            [{"params": list(runtime.own_parameters.values())}], lr=lr
+        )  # a stage may have none
         program = runtime.prepare(plan)
         reports = []
         for step, (inputs, targets) in enumerate(batches):

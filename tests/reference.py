@@ -29,7 +29,9 @@ def plain_gradients(recipe: Recipe, model: nn.Sequential, inputs: Tensor, target
     return loss.detach()
 
 
-def microbatch_loss(recipe: Recipe, model: nn.Sequential, pieces: list[tuple[Tensor, Tensor]], seed: int, step: int) -> float:
+def microbatch_loss(
+    recipe: Recipe, model: nn.Sequential, pieces: list[tuple[Tensor, Tensor]], seed: int, step: int
+) -> float:
     """Loss sum over micro-batches with the random layers drawing what `pipetrain.seeds` promises; adds to `.grad`."""
     total = sum(recipe.count((targets,)) for _, targets in pieces)
     loss_sum = 0.0

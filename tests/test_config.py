@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipetrain import config
+from pipetrain import config, rules
 from pipetrain.config import AdafactorConfig, AdamConfig, Config, LrRuleConfig, SgdConfig, TextConfig, TransformerConfig
 from pipetrain.errors import ConfigError
 
@@ -46,7 +46,7 @@ def settings(**changes: Any) -> Config:
     ],
 )
 def test_good_settings(changes: dict[str, Any]) -> None:
-    config.check(settings(**changes), num_gpus=0)
+    rules.check(settings(**changes), num_gpus=0)
 
 
 BAD = [
@@ -152,25 +152,25 @@ BAD = [
 @pytest.mark.parametrize(("changes", "text"), BAD)
 def test_message_of_every_rule(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.check(settings(**changes), num_gpus=0)
+        rules.check(settings(**changes), num_gpus=0)
     assert text in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_torchrun_chooses_the_devices() -> None:
-    config.check(settings(balance=[1, 2, 3]), num_gpus=0, world_size=3)
+    rules.check(settings(balance=[1, 2, 3]), num_gpus=0, world_size=3)
     for changes, text in [
         ({"devices": 3}, "devices=3, but torchrun started 3 processes and chooses the devices; leave devices out"),
         ({"balance": [1, 2]}, "balance=[1,2] names 2 stages, but there are 3 devices"),
     ]:
         with pytest.raises(ConfigError) as caught:
-            config.check(settings(**changes), num_gpus=0, world_size=3)
+            rules.check(settings(**changes), num_gpus=0, world_size=3)
         assert text in str(caught.value)
 
 
 def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        config.check(settings(steps=0, model__heads=5, recompute="no"), num_gpus=0)
+        rules.check(settings(steps=0, model__heads=5, recompute="no"), num_gpus=0)
     assert len(str(caught.value).splitlines()) == 3
 
 
@@ -184,13 +184,13 @@ def test_all_problems_are_named_at_once() -> None:
 )
 def test_balance_must_fit_the_model(balance: Any, num_layers: int, num_stages: int, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.check_model(settings(balance=balance), num_layers, num_stages)
+        rules.check_model(settings(balance=balance), num_layers, num_stages)
     assert text in str(caught.value)
 
 
 def test_fitting_balance() -> None:
-    config.check_model(settings(balance=[2, 4]), 6, 2)
-    config.check_model(settings(), 6, 6)
+    rules.check_model(settings(balance=[2, 4]), 6, 2)
+    rules.check_model(settings(), 6, 6)
 
 
 @pytest.mark.parametrize(("batch_size", "given", "count"), [(8, None, 8), (64, None, 16), (64, 5, 5)])

@@ -81,7 +81,10 @@ def test_what_a_run_prints_and_leaves(command: Command) -> None:
     assert lines[0] == f"run folder: {shown}"
     assert lines[1] == "2 CPU processes, one for each stage"
     assert re.match(r"0 +cpu +2 +embedding \.\. blocks\.0 +[\d,]+$", lines[3])
-    assert any(re.match(r"step 1/3  loss/train [\d.]+  lr \S+  grad/norm \S+  speed/tokens_per_s \S+  ETA 0:", x) for x in lines)
+    assert any(
+        re.match(r"step 1/3  loss/train [\d.]+  lr \S+  grad/norm \S+  speed/tokens_per_s \S+  ETA 0:", x)
+        for x in lines
+    )
     assert any("loss/val" in line for line in lines)
     assert lines[-4:] == [
         "finished at step 3",
@@ -91,7 +94,8 @@ def test_what_a_run_prints_and_leaves(command: Command) -> None:
     ]
     names = {path.name.split(".")[0] if path.name.startswith("events") else path.name for path in run.iterdir()}
     assert names == {
-        ".hydra", ".lock", "checkpoints", "env.json", "events", "metrics.jsonl", "pipetrain.log", "plan.json", "status.json",
+        ".hydra", ".lock", "checkpoints", "env.json", "events", "metrics.jsonl", "pipetrain.log", "plan.json",
+        "status.json",
     }  # fmt: skip
     assert status(run)["state"] == "finished"
     assert status(run)["metrics"]["loss/train"] == [row for row in rows(run) if "loss/train" in row][-1]["loss/train"]
@@ -232,7 +236,9 @@ def test_torchrun_processes_become_the_ranks(command: Command) -> None:
     assert command(*QUICK, "steps=3", "devices=2", "name=local").returncode == 0
     words = [*QUICK, "steps=3", "name=joined", f"data.cache_dir={command.cache}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pipetrain"]
-    done = subprocess.run([*torchrun, *words], cwd=command.folder, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [*torchrun, *words], cwd=command.folder, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     (joined,) = command.folder.glob("runs/joined/*")
     assert numbers(joined) == numbers(command.run_folder("runs/local/*"))

@@ -1,8 +1,8 @@
 """One layer of a stage: forward with or without a graph, and backward through that graph alone.
 
-Every layer has an autograd graph of its own, on one stage as on many: its inputs are cut off from the layer before, and the
-engine carries the gradients across. What happens at a border is therefore the same code whether or not the border is also
-one between two stages, and that is why the numbers do not depend on the cut:
+Every layer has an autograd graph of its own, on one stage as on many: its inputs are cut off from the layer before,
+and the engine carries the gradients across. What happens at a border is therefore the same code whether or not the
+border is also one between two stages, and that is why the numbers do not depend on the cut:
 
     inputs --detach--> leaves --module--> outputs (contiguous)
     leaves.grad <------ autograd.backward(outputs, gradients made contiguous)

@@ -5,9 +5,9 @@ random layers, which draw from one generator for the whole process, see the same
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -131,8 +131,4 @@ def run_ranks(num_ranks: int, rank_main: Callable[[LocalTransport], T]) -> list[
         thread.join()
     if network.failure is not None:
         raise network.failure
-    return _all_there(results)
-
-
-def _all_there(results: Sequence[T | None]) -> list[T]:
-    return [result for result in results]  # type: ignore[misc]
+    return cast(list[T], results)

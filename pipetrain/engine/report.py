@@ -1,7 +1,8 @@
 """The one meeting of all ranks in a step: loss, gradient norm and measurements, added up in a single vector.
 
-Every entry is filled by one rank and zero on the others, so the sum is exact. The norm is then added up on every rank in the
-same order over the same numbers, one for each parameter of the unsplit model: it does not depend on the partitioning.
+Every entry is filled by one rank and zero on the others, so the sum is exact. The norm is then added up on every rank
+in the same order over the same numbers, one for each parameter of the unsplit model: it does not depend on the
+partitioning.
 """
 
 from collections.abc import Callable, Sequence
@@ -89,7 +90,7 @@ class Reporter:
                 norms[self._offsets[index] : self._offsets[index + 1]] = self._squared_norms(parameters)
         scalars = torch.tensor([loss_sum, count, request], dtype=torch.float64)
         reduced = self._transport.all_reduce(torch.cat([scalars, measures.flatten(), norms]))
-        scalars, flat, norms = reduced.split([len(scalars), measures.numel(), len(norms)])
+        scalars, flat, norms = torch.split(reduced, [len(scalars), measures.numel(), len(norms)])
         bounds = list(zip(self._offsets, self._offsets[1:], strict=False))
         bad = [stage for stage, (start, end) in enumerate(bounds) if not norms[start:end].isfinite().all()]
         return StepReport(
@@ -104,7 +105,8 @@ class Reporter:
     def _squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
         squares = [
-            zero if p.grad is None else torch.linalg.vector_norm(p.grad, dtype=torch.float64).square() for p in parameters
+            zero if p.grad is None else torch.linalg.vector_norm(p.grad, dtype=torch.float64).square()
+            for p in parameters
         ]
         return torch.stack(squares).cpu()
 

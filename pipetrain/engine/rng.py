@@ -1,7 +1,7 @@
 """Draws of random layers that depend on what is computed, never on when or where.
 
-Before a layer runs, the device's generator is seeded from (run seed, step, layer name, micro-batch). A recompute seeds it the
-same way, so it sees the same dropout mask; a stage more or less changes nothing.
+Before a layer runs, the device's generator is seeded from (run seed, step, layer name, micro-batch). A recompute seeds
+it the same way, so it sees the same dropout mask; a stage more or less changes nothing.
 """
 
 from collections.abc import Iterator

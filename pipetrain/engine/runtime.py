@@ -3,8 +3,8 @@
     for action in program.actions:
         self._do[action.kind](action)
 
-Before it, the ranks agree on what kinds of micro-batches the step has (`_agree_on_keys`). Behind it stands the update, where
-they meet once, for the loss, the norm of the gradient and the measurements (`report`).
+Before it, the ranks agree on what kinds of micro-batches the step has (`_agree_on_keys`). Behind it stands the update,
+where they meet once, for the loss, the norm of the gradient and the measurements (`report`).
 """
 
 import hashlib
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from pipetrain.engine.clock import clock_for
 from pipetrain.engine.layer import Tensors

@@ -1,9 +1,9 @@
 """Parameters that several layers share: a tied embedding and output matrix, for one.
 
-Each use is a parameter of its own with its own gradient. Before an update the gradients of all uses are added in ascending
-layer order and every stage that has a use gets that sum, so all copies take the same step and stay equal to the last bit.
-On one stage it is the same: the uses share their memory there, but not their gradients. (One shared gradient would be added
-to in the order in which backwards run, which depends on the cut.)
+Each use is a parameter of its own with its own gradient. Before an update the gradients of all uses are added in
+ascending layer order and every stage that has a use gets that sum, so all copies take the same step and stay equal to
+the last bit. On one stage it is the same: the uses share their memory there, but not their gradients. (One shared
+gradient would be added to in the order in which backwards run, which depends on the cut.)
 """
 
 from collections.abc import Sequence
@@ -68,4 +68,3 @@ def sum_gradients(
         sent.clear()
         for name in own:
             parameters[name].grad = total
-

@@ -1,9 +1,10 @@
 """Moves tensors between ranks: torch.distributed, on gloo (CPU) or NCCL (GPU).
 
-What gloo asks for, and where it is kept: a `Work` handle that is dropped closes the connection (`Sent` and `Posted` hold it);
-`is_completed` never turns true before `wait` (nothing polls); a buffer of another size than the message is filled in part
-or aborts the process (`runtime` agrees on every signature first, and `send` checks it). What NCCL asks for: one order of
-messages on all ranks (the schedule has it), and point-to-point traffic apart from collectives (its own group).
+What gloo asks for, and where it is kept: a `Work` handle that is dropped closes the connection (`Sent` and `Posted`
+hold it); `is_completed` never turns true before `wait` (nothing polls); a buffer of another size than the message is
+filled in part or aborts the process (`runtime` agrees on every signature first, and `send` checks it). What NCCL asks
+for: one order of messages on all ranks (the schedule has it), and point-to-point traffic apart from collectives (its
+own group).
 """
 
 from dataclasses import dataclass, field

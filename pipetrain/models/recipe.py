@@ -1,6 +1,7 @@
 """A model as a list of layers that are not built yet.
 
-A rank builds the layers of its own stage one by one and never holds the rest: what a recipe holds is how to make a layer.
+A rank builds the layers of its own stage one by one and never holds the rest: what a recipe holds is how to make a
+layer.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,8 @@ Tensors = tuple[Tensor, ...]
 class LayerRecipe:
     """One layer: its name in the unsplit model, and the function that makes it.
 
-    The module takes the tensors that the layer before it gave and returns a tensor or a tuple of tensors. `build` draws its
-    initial weights from torch's default generator, which the caller seeds for each layer.
+    The module takes the tensors that the layer before it gave and returns a tensor or a tuple of tensors. `build`
+    draws its initial weights from torch's default generator, which the caller seeds for each layer.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Recipe:
 
     Attributes:
         layers: in the order of the forward.
-        ties: groups of (layer, parameter) that are one parameter; ascending layers, the first one's initial value counts.
+        ties: groups of (layer, parameter) that are one parameter; layers ascend, the first one's initial value counts.
         loss_sum: (outputs of the last layer, targets) -> sum of the loss over the valid tokens or samples.
         count: targets -> number of valid tokens or samples: what the sum is divided by.
     """

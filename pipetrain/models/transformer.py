@@ -3,9 +3,9 @@
 Letters of the shapes: B batch, T tokens of a sequence, D model width (`d_model`), F width inside the feed-forward layer
 (`d_ff`), H attention heads, V vocabulary, L blocks.
 
-Pre-norm blocks with biases everywhere, so that a block has 4D^2 + 4D (attention) + 2DF + F + D (feed-forward) + 4D (norms)
-parameters. With untied embeddings and sinusoidal positions the model has L times that + 2VD + V + 2D, which is every model of
-GPipe's Table 1 (Huang et al. 2019) at D = 2048, F = 8192, V = 32,000.
+Pre-norm blocks with biases everywhere, so that a block has 4D^2 + 4D (attention) + 2DF + F + D (feed-forward) + 4D
+(norms) parameters. With untied embeddings and sinusoidal positions the model has L times that + 2VD + V + 2D, which is
+every model of GPipe's Table 1 (Huang et al. 2019) at D = 2048, F = 8192, V = 32,000.
 """
 
 import math
@@ -55,21 +55,26 @@ def transformer(
 def depth_scale(init_scale: str, num_blocks: int) -> float:
     """What the initial weights of the feed-forward layers are multiplied by.
 
-    Source: Huang et al. 2019, section 5: "scale down the initialization of all transformer feed-forward layers by the number
-    of layers", following Zhang et al. 2019 (Fixup). Read literally that is 1/L; Fixup itself and lingvo's
+    Source: Huang et al. 2019, section 5: "scale down the initialization of all transformer feed-forward layers by the
+    number of layers", following Zhang et al. 2019 (Fixup). Read literally that is 1/L; Fixup itself and lingvo's
     `XavierWithFixupParams` with one layer a residual branch give L^(-1/2). Both are offered, none is the default.
     """
-    return {"none": 1.0, "inverse_depth": 1 / num_blocks, "inverse_sqrt_depth": num_blocks**-0.5}[init_scale]
+    factors: dict[str, float] = {
+        "none": 1.0,
+        "inverse_depth": 1 / num_blocks,
+        "inverse_sqrt_depth": float(num_blocks) ** -0.5,
+    }
+    return factors[init_scale]
 
 
 def clip_logits(logits: Tensor, limit: float | None, kind: str, training: bool) -> Tensor:
     """Bounds the softmax pre-activations.
 
-    hard: clamps to +-limit while training; the gradient of a clamped logit is zero. soft: limit * tanh(x / limit), which bends
-    all logits and is therefore part of the model, in evaluation too.
+    hard: clamps to +-limit while training; the gradient of a clamped logit is zero. soft: limit * tanh(x / limit),
+    which bends all logits and is therefore part of the model, in evaluation too.
 
-    Source: Huang et al. 2019, section 5, "we clip the logit predictions (softmax pre-activations) whenever their magnitude
-    exceeds a certain value"; lingvo's `logits_abs_max` (training only) and `logits_soft_max`.
+    Source: Huang et al. 2019, section 5, "we clip the logit predictions (softmax pre-activations) whenever their
+    magnitude exceeds a certain value"; lingvo's `logits_abs_max` (training only) and `logits_soft_max`.
     """
     if limit is None:
         return logits

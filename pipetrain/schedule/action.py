@@ -72,7 +72,9 @@ class Action:
         """
         match = _TEXT.fullmatch(text.strip())
         if match is None or (match[2] == "U") != (match[3] == ""):
-            raise ScheduleError(f"{text!r} is no action; expected <stage><kind><micro-batch>, such as 2F0, 1SEND_F3 or 2U")
+            raise ScheduleError(
+                f"{text!r} is no action; expected <stage><kind><micro-batch>, such as 2F0, 1SEND_F3 or 2U"
+            )
         return Action(Kind(match[2]), int(match[1]), int(match[3] or -1))
 
 

@@ -1,11 +1,11 @@
 """The communication pass: inserts sends and receives into a compute-only schedule.
 
 All messages of a step get one global order: that of the nominal timeline, each message directly behind the action that
-produces it. A rank's list is that order, filtered. Every dependency points forward in it, so no set of ranks can wait for
-each other, not even if sends and receives blocked and each rank had a single communication stream (NCCL's case).
+produces it. A rank's list is that order, filtered. Every dependency points forward in it, so no set of ranks can wait
+for each other, not even if sends and receives blocked and each rank had a single communication stream (NCCL's case).
 
-A receive stands where its message starts on the nominal timeline, usually one compute action before the one that needs it:
-the receiving rank has posted it before it computes, and the transfer runs beside the computation.
+A receive stands where its message starts on the nominal timeline, usually one compute action before the one that needs
+it: the receiving rank has posted it before it computes, and the transfer runs beside the computation.
 """
 
 from pipetrain.schedule.action import Action, Kind, Schedule

@@ -18,7 +18,9 @@ def draw(spans: Sequence[Span], placement: Sequence[int], column_s: float = 1.0)
     """Draws spans as text, `column_s` seconds a column. Updates are left out: they have no length here."""
     shown = [span for span in spans if span.action.kind is not Kind.UPDATE]
     several = len(set(placement)) < len(placement)
-    labels = {span.action: str(span.action) if several else str(span.action)[len(str(span.action.stage)) :] for span in shown}
+    labels = {
+        span.action: str(span.action) if several else str(span.action)[len(str(span.action.stage)) :] for span in shown
+    }
     width = max(map(len, labels.values()), default=1) + 1
     columns = max((round(span.end_s / column_s) for span in shown), default=0)
     rows = [["."] * columns for _ in range(max(placement) + 1)]

@@ -1,9 +1,9 @@
 """Proves that a schedule can be run, or says which action is wrong.
 
-Checked: every action is once on the rank of its stage; every micro-batch goes forward once through every stage and, in a
-training schedule, back once; a recompute stands between its forward and its backward; backwards come in micro-batch order
-(what makes weights independent of the schedule); each stage updates once, after its last backward; messages come in pairs;
-and nothing ever waits for ever, even if every send and receive blocked until its partner is there.
+Checked: every action is once on the rank of its stage; every micro-batch goes forward once through every stage and, in
+a training schedule, back once; a recompute stands between its forward and its backward; backwards come in micro-batch
+order (what makes weights independent of the schedule); each stage updates once, after its last backward; messages come
+in pairs; and nothing ever waits for ever, even if every send and receive blocked until its partner is there.
 """
 
 from collections import Counter
@@ -125,7 +125,9 @@ def _check_progress(schedule: Schedule) -> None:
             partner = _partner(action)
             return partner in done or head(schedule.placement[partner.stage]) == partner
         wanted = needs(schedule, action, everything.__contains__)
-        return all(a in done for a in wanted) and (not has_messages or all(a in done for a in _receives_for(schedule, action)))
+        return all(a in done for a in wanted) and (
+            not has_messages or all(a in done for a in _receives_for(schedule, action))
+        )
 
     progress = True
     while progress:

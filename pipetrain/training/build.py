@@ -63,9 +63,7 @@ def build_runtime(
 def open_data(cfg: Config, tokens: TokenFolder, split: str, order: str) -> TextBatches:
     """One split of the text."""
     assert isinstance(cfg.data, TextConfig)
-    return TextBatches(
-        tokens, split, seq_len=cfg.data.seq_len, batch_size=cfg.batch_size, order=order, seed=cfg.seed
-    )
+    return TextBatches(tokens, split, seq_len=cfg.data.seq_len, batch_size=cfg.batch_size, order=order, seed=cfg.seed)
 
 
 def _memory_meter(device: torch.device) -> Callable[[], float]:

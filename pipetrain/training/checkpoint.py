@@ -5,8 +5,8 @@
         stage_1.safetensors
         manifest.json         step, settings, and for every file its size, SHA-256 and tensors; written last
 
-All files are written and synced in a folder aside, which is then renamed into place. Loading looks tensors up by name, so it
-does not matter how many stages wrote them; no pickle is ever read.
+All files are written and synced in a folder aside, which is then renamed into place. Loading looks tensors up by name,
+so it does not matter how many stages wrote them; no pickle is ever read.
 """
 
 import hashlib

@@ -44,8 +44,8 @@ def train(job: Job, transport: Transport, device: torch.device, signals: Signals
     """Trains this rank's stage until the last step, or until a signal asks to stop.
 
     Raises:
-        NonFiniteError: if the loss or a gradient became NaN or infinite. Weights and checkpoints are as before that step.
-        CheckpointError: if a checkpoint could not be written or read.
+        NonFiniteError: if the loss or a gradient became NaN or infinite. Weights and checkpoints are as before that
+        step. CheckpointError: if a checkpoint could not be written or read.
     """
     trainer = Trainer(job, transport, device, signals)
     try:
@@ -174,7 +174,8 @@ class Trainer:
         if found is not None:
             stage, place, microbatch = found
             names = [layer.name for layer in self.recipe.layers] + ["loss"]
-            where = f"the output of layer {names[sum(self.balance[:stage]) + place]}, stage {stage}, micro-batch {microbatch}"
+            layer = names[sum(self.balance[:stage]) + place]
+            where = f"the output of layer {layer}, stage {stage}, micro-batch {microbatch}"
         else:
             where = f"a gradient on stage {report.bad_stage}, while all forward values are finite"
         kept = checkpoint.newest(self.job.run.checkpoints)

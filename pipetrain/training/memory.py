@@ -3,8 +3,8 @@
 import torch
 
 ADVICE = (
-    "out of memory: use more partitions (devices=...), recompute=always, smaller micro-batches (a larger micro_batches=... "
-    "or a smaller batch_size), or move layers to other stages (balance=[...])"
+    "out of memory: use more partitions (devices=...), recompute=always, smaller micro-batches (a larger "
+    "micro_batches=... or a smaller batch_size), or move layers to other stages (balance=[...])"
 )
 
 

@@ -47,8 +47,8 @@ class Metrics:
         self._board.add_custom_scalars(_LAYOUT)
         # The three HParams records go into this run's one event file; add_hparams would start another.
         start, session, self._session_end = hparams(dict(settings), dict.fromkeys(_COMPARED, 0.0))
-        self._board.file_writer.add_summary(start)
-        self._board.file_writer.add_summary(session)
+        self._board._get_file_writer().add_summary(start)
+        self._board._get_file_writer().add_summary(session)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line: after `step` updates these were the values."""
@@ -65,13 +65,13 @@ class Metrics:
 
     def close(self) -> None:
         """Flushes everything."""
-        self._board.file_writer.add_summary(self._session_end)
+        self._board._get_file_writer().add_summary(self._session_end)
         self._board.close()
         self._file.close()
 
 
 def pipeline_values(stages: Sequence[StageMeasures], schedule: Schedule) -> dict[str, float]:
-    """Where the time of a step went, and the bubble that the simulator gives for stages which cost what was measured."""
+    """Where the time of a step went, and the bubble that the simulator gives for stages that cost as measured."""
     makespan_s = max(stage.elapsed_s for stage in stages)
     each = schedule.num_microbatches
     costs = [StageCost(s.forward_s / each, s.backward_s / each, recompute_s=s.recompute_s / each) for s in stages]

@@ -12,8 +12,8 @@ from pipetrain.config import AdafactorConfig, AdamConfig, LrRuleConfig, Optimize
 def build_optimizer(cfg: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of one stage.
 
-    Whether a parameter is decayed depends on that parameter alone (matrices are, vectors are not), so the groups are the same
-    for every partitioning. Adam, AdamW and SGD run fused: one pass over the memory of each parameter.
+    Whether a parameter is decayed depends on that parameter alone (matrices are, vectors are not), so the groups are
+    the same for every partitioning. Adam, AdamW and SGD run fused: one pass over the memory of each parameter.
     """
     trained = [p for p in parameters.values() if p.requires_grad]
     groups = [

@@ -1,7 +1,7 @@
 """What a checkpoint holds of one stage: weights, buffers and optimizer state, by names of the unsplit model.
 
-A tied parameter is stored once, under the name of its first use, with the state that belongs to it; every use is restored
-from there.
+A tied parameter is stored once, under the name of its first use, with the state that belongs to it; every use is
+restored from there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,9 @@ def restore(reader: Reader, runtime: Runtime, optimizer: torch.optim.Optimizer, 
     for name, tensor in {**runtime.own_parameters, **buffers}.items():
         stored = reader.get(f"model/{stored_as.get(name, name)}")
         if stored.shape != tensor.shape:
-            raise CheckpointError(f"{name} is {list(stored.shape)} in the checkpoint, but {list(tensor.shape)} in the model")
+            raise CheckpointError(
+                f"{name} is {list(stored.shape)} in the checkpoint, but {list(tensor.shape)} in the model"
+            )
         tensor.copy_(stored)
     _restore_optimizer(reader, runtime.own_parameters, optimizer, stored_as)
 

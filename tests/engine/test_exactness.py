@@ -79,7 +79,9 @@ def test_gradients_equal_plain_pytorch_in_float64(tied: bool, balance: tuple[int
     assert report.loss_sum / report.count == pytest.approx(float(loss), rel=1e-12)
     norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
     assert report.grad_norm == pytest.approx(float(norm), rel=1e-10)
-    expected = {name.replace("blocks_", "blocks."): p.grad for name, p in model.named_parameters(remove_duplicate=False)}
+    expected = {
+        name.replace("blocks_", "blocks."): p.grad for name, p in model.named_parameters(remove_duplicate=False)
+    }
     largest = max(float(g.abs().max()) for g in expected.values() if g is not None)
     assert got.gradients.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -96,14 +98,18 @@ def test_dropout_masks_are_those_that_the_seeds_promise() -> None:
     loss_sum = microbatch_loss(recipe, model, pieces, seed=5, step=0)
     assert got.reports[0].loss_sum == pytest.approx(loss_sum, rel=1e-12)
     for name, parameter in model.named_parameters():
-        assert torch.allclose(got.gradients[name.replace("blocks_", "blocks.")], parameter.grad, rtol=0, atol=1e-13), name
+        assert torch.allclose(got.gradients[name.replace("blocks_", "blocks.")], parameter.grad, rtol=0, atol=1e-13), (
+            name
+        )
 
 
 def test_tied_copies_stay_equal_to_the_last_bit_and_count_once_in_the_norm() -> None:
     recipe = transformer(tied=True)
     got = train(recipe, (2, 2, 2), batches(3), num_microbatches=3)
     assert torch.equal(got.parameters["embedding.token.weight"], got.parameters["head.output.weight"])
-    squares = {name: float(g.double().square().sum()) for name, g in got.gradients.items() if name != "head.output.weight"}
+    squares = {
+        name: float(g.double().square().sum()) for name, g in got.gradients.items() if name != "head.output.weight"
+    }
     assert got.reports[-1].grad_norm == pytest.approx(sum(squares.values()) ** 0.5, rel=1e-6)
 
 

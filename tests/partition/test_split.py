@@ -56,7 +56,8 @@ def test_building_leaves_the_callers_randomness_alone() -> None:
 def test_a_rank_builds_its_own_layers_only() -> None:
     built: list[str] = []
     layers = tuple(
-        type(layer)(layer.name, lambda layer=layer: (built.append(layer.name), layer.build())[1]) for layer in RECIPE.layers
+        type(layer)(layer.name, lambda layer=layer: (built.append(layer.name), layer.build())[1])
+        for layer in RECIPE.layers
     )
     recipe = type(RECIPE)(layers, RECIPE.loss_sum, RECIPE.count)
     take_stage(recipe, (2, 2, 1), 1, seed=0, device=torch.device("cpu"))

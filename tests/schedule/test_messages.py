@@ -1,3 +1,5 @@
+import itertools
+
 from pipetrain.schedule import Action, Kind, build, build_forward_only, timeline
 from pipetrain.schedule.action import MESSAGES
 
@@ -16,7 +18,7 @@ def test_a_single_stage_has_no_messages() -> None:
 
 def test_each_result_is_sent_right_behind_its_action() -> None:
     for rank, row in enumerate(build("gpipe", 4, 8, recompute=True).actions):
-        for before, action in zip(row, row[1:], strict=False):
+        for before, action in itertools.pairwise(row):
             if action.kind is Kind.SEND_FORWARD:
                 assert before in (Action(Kind.FORWARD, rank, action.microbatch),) or before.kind in MESSAGES
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pipetrain.schedule import build, build_forward_only, bubble_fraction, grid, peak_in_flight, timeline, verify
+from pipetrain.schedule import bubble_fraction, build, build_forward_only, grid, peak_in_flight, timeline, verify
 from pipetrain.schedule.messages import add_messages
 from pipetrain.schedule.recompute import add_recompute
 from pipetrain.schedule.synchronous import gpipe

@@ -46,7 +46,10 @@ def swap(rank: int, x: str, y: str) -> Callable[[Rows], None]:
         (lambda rows: rows[2].remove(a("2SEND_B0")), "1RECV_B0 has no partner 2SEND_B0"),
         (swap(0, "0SEND_F0", "0SEND_F1"), "deadlock"),
         (swap(1, "1RECV_F0", "1SEND_F2"), "deadlock"),
-        (swap(2, "2RECV_F1", "2F1"), "deadlock, waiting for ever: rank 0 at 0RECV_B0, rank 1 at 1SEND_F1, rank 2 at 2F1"),
+        (
+            swap(2, "2RECV_F1", "2F1"),
+            "deadlock, waiting for ever: rank 0 at 0RECV_B0, rank 1 at 1SEND_F1, rank 2 at 2F1",
+        ),
     ],
 )
 def test_a_broken_schedule_is_refused(change: Callable[[Rows], None], rule: str) -> None:

@@ -49,5 +49,7 @@ def test_even_gives_the_rest_to_the_first_stages() -> None:
 
 
 def test_schedules_and_predictions_need_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import pipetrain.schedule, pipetrain.sim.simulate, pipetrain.config"
+    code = (
+        "import sys; sys.modules['torch'] = None; import pipetrain.schedule, pipetrain.sim.simulate, pipetrain.config"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

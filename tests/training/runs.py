@@ -1,17 +1,23 @@
 """Runs the training loop with all ranks in this process."""
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipetrain.config import AdamConfig, CheckpointConfig, Config, EvalConfig, LrRuleConfig, TextConfig, TransformerConfig
+from pipetrain.config import (
+    AdamConfig,
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    LrRuleConfig,
+    TextConfig,
+    TransformerConfig,
+)
 from pipetrain.data.text import TokenFolder, prepare_text
 from pipetrain.engine.local import run_ranks
 from pipetrain.errors import Exit
@@ -96,8 +102,3 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert torch.equal(value, b[name]), name
-
-
-@pytest.fixture
-def replace() -> Iterator[Callable[..., Config]]:
-    yield dataclasses.replace

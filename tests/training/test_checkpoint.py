@@ -51,7 +51,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     reader = checkpoint.Reader(path)
     assert reader.manifest.loss_val == 1.5
     assert torch.equal(reader.get("model/layer1.weight"), torch.full((300,), 7.0))
-    with pytest.raises(CheckpointError, match="the checkpoint has no model/layer9.weight: it is of another model"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint has no model/layer9\.weight: it is of another model"):
         reader.get("model/layer9.weight")
 
 
@@ -109,11 +109,11 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason(tmp_path: Path, damage,
 
 
 def test_no_usable_checkpoint_says_why(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no usable checkpoint in .*: it holds none"):
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint in .*: it holds none"):
         checkpoint.find_usable(tmp_path)
     save(tmp_path, 1)
     (tmp_path / "step_00000001" / "stage_0.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="step_00000001: stage_0.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"step_00000001: stage_0\.safetensors is missing"):
         checkpoint.find_usable(tmp_path)
 
 
@@ -161,7 +161,13 @@ def test_a_run_killed_while_saving_goes_on_from_a_whole_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, killed_at, die)
         with pytest.raises(Killed):
-            run(tmp_path, "run", 2, settings(checkpoint=CheckpointConfig(every=2), eval=EvalConfig(), steps=4), resume=True)
+            run(
+                tmp_path,
+                "run",
+                2,
+                settings(checkpoint=CheckpointConfig(every=2), eval=EvalConfig(), steps=4),
+                resume=True,
+            )
     step = 4 if killed_at == "_remove_old" else 2
     assert checkpoint.read_manifest(checkpoint.find_usable(tmp_path / "run" / "checkpoints")[0]).step == step
     run(tmp_path, "run", 2, cfg, resume=True)

@@ -18,7 +18,12 @@ from pipetrain.training.loop import Request, Signals
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_runs_are_the_same_bits_on_1_2_and_4_stages(tmp_path: Path, tied: bool, precision: str) -> None:
-    cases: dict[str, tuple[int, Any]] = {"one": (1, "even"), "two": (2, "even"), "four": (4, "even"), "uneven": (2, [1, 3])}
+    cases: dict[str, tuple[int, Any]] = {
+        "one": (1, "even"),
+        "two": (2, "even"),
+        "four": (4, "even"),
+        "uneven": (2, [1, 3]),
+    }
     for name, (stages, balance) in cases.items():
         cfg = settings(tied=tied, precision=precision, balance=balance)
         assert run(tmp_path, name, stages, cfg) is Exit.DONE
@@ -74,12 +79,22 @@ def test_metrics_have_the_same_names_and_values_in_tensorboard(tmp_path: Path) -
         for name, value in row.items():
             if name != "step":
                 expected.setdefault(name, {})[row["step"]] = value
-    assert {"loss/train", "loss/val", "lr", "grad/norm", "stage_1/wait_s", "pipeline/bubble_predicted"} <= expected.keys()
+    assert {
+        "loss/train",
+        "loss/val",
+        "lr",
+        "grad/norm",
+        "stage_1/wait_s",
+        "pipeline/bubble_predicted",
+    } <= expected.keys()
     for name, values in expected.items():
         events = {event.step: event.value for event in board.Scalars(name)}
         assert events == pytest.approx(values, rel=1e-5), name
     assert len(list((tmp_path / "run").glob("events.*"))) == 1
-    assert "_hparams_/session_start_info" in board.Tags()["tensors"] or board.summary_metadata["_hparams_/session_start_info"]
+    assert (
+        "_hparams_/session_start_info" in board.Tags()["tensors"]
+        or board.summary_metadata["_hparams_/session_start_info"]
+    )
 
 
 def test_resume_drops_the_lines_behind_the_checkpoint(tmp_path: Path) -> None:
@@ -173,9 +188,9 @@ def test_evaluation_leaves_training_alone(tmp_path: Path) -> None:
 def test_evaluation_covers_the_split_once_without_dropout(tmp_path: Path) -> None:
     """The mean over all windows, computed by plain PyTorch from the saved weights."""
     from reference import plain_model
+    from runs import tokens_of
 
     from pipetrain.training.build import build_recipe, open_data
-    from runs import tokens_of
 
     cfg = settings(eval=EvalConfig(every=6))
     run(tmp_path, "run", 3, cfg)
