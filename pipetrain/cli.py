@@ -7,12 +7,14 @@ rewrites its errors after it. No torch here: it is imported with `launch`, when 
 import functools
 import os
 import secrets
+import signal
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import hydra.version
@@ -35,6 +37,7 @@ from pipetrain.config import SCHEMAS, Config
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.footprint import Footprint
 from pipetrain.paths import RunPaths
+from pipetrain.processes import prepare_fork_server
 from pipetrain.sweep import Sweep, slug
 
 _FRONT_END_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
@@ -192,6 +195,7 @@ def _launch(raw: DictConfig, folder: Path) -> int:
         raise ConfigError("resume=RUN belongs on the command line, not in a file: it decides which files are read")
     if _session.sweep is not None and any(RunPaths(folder).checkpoints.glob("*")):
         cfg.resume = str(folder)
+    prepare_fork_server()  # it imports torch beside us
     from pipetrain.launch import launch
 
     _session.launched = True
@@ -204,6 +208,7 @@ def main(words: Sequence[str] | None = None) -> int:
     _session = _Session(rank=argv.torchrun_rank(os.environ))
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         code = _main(sys.argv[1:] if words is None else list(words), full_error == "1")
         sys.stdout.flush()
@@ -211,10 +216,16 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = Exit.DONE
     finally:
+        signal.signal(signal.SIGTERM, before)
         os.environ.pop("HYDRA_FULL_ERROR")
         if full_error is not None:
             os.environ["HYDRA_FULL_ERROR"] = full_error
     return int(code)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM before any worker has started: nothing to save."""
+    raise SystemExit(int(Exit.TERMINATED))
 
 
 def _main(words: list[str], show_traceback: bool) -> int:

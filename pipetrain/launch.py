@@ -7,8 +7,6 @@ a file in the run folder, so there is no port to collide on and nothing listens 
 import contextlib
 import fcntl
 import json
-import logging
-import multiprocessing
 import os
 import platform
 import shlex
@@ -16,18 +14,12 @@ import shutil
 import signal
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from importlib import metadata
-from multiprocessing import forkserver
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pipetrain import rules
 from pipetrain.config import Config, TextConfig
@@ -35,14 +27,15 @@ from pipetrain.data.text import check_length, prepare_text
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.paths import RunPaths
+from pipetrain.processes import Ended, run_workers
 from pipetrain.training import checkpoint, status
 from pipetrain.training.build import build_recipe
 from pipetrain.training.job import Job
 from pipetrain.training.memory import ADVICE
 from pipetrain.worker import record_failure, run_local_worker, run_torchrun_rank
 
-_SAVE_GRACE_S = 120  # how long workers may take to finish a step and a checkpoint after a signal
-PRELOADED = ["pipetrain.worker", "pipetrain.cli"]  # what the fork server imports before it makes workers
+# The ends of a run behind which there is a checkpoint, and their names.
+_SAVED = {Exit.DONE: "finished", Exit.PREEMPTED: "preempted, saved", Exit.INTERRUPTED: "interrupted, saved"}
 
 
 def launch(cfg: Config, root: Path) -> int:
@@ -57,8 +50,6 @@ def launch(cfg: Config, root: Path) -> int:
     """
     # Under torchrun only the first rank was given a folder for the run; a resumed run has one for all.
     run = RunPaths((Path(cfg.resume) if cfg.resume else root).absolute())
-    if not _has_gpu_driver():
-        _start_fork_server()
     job = prepare(cfg, run)
     run.root.mkdir(parents=True, exist_ok=True)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -119,16 +110,6 @@ def _torchrun_devices(world: int, num_gpus: int) -> tuple[str, ...]:
     return tuple(f"cuda:{local}" if r == rank else "cuda" for r in range(world))
 
 
-def _has_gpu_driver() -> bool:
-    return Path("/dev/nvidia0").exists()
-
-
-def _start_fork_server() -> None:
-    """Starts importing torch for the workers while this process still checks the settings."""
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
-
-
 @contextlib.contextmanager
 def _locked(run: RunPaths) -> Iterator[None]:
     """One living process for a run folder; the lock goes with the process, however it ends."""
@@ -140,7 +121,7 @@ def _locked(run: RunPaths) -> Iterator[None]:
         yield
 
 
-# ---- local workers -----------------------------------------------------------------------------------------------
+# ---- local workers --------------------------------------------------------------------------------------------------
 
 
 def _run_local_workers(job: Job) -> int:
@@ -149,63 +130,33 @@ def _run_local_workers(job: Job) -> int:
     run.scratch.mkdir(mode=0o700)
     _write_environment(run)
     _say(f"run folder: {_shown(run.root)}")
-    if all(device == "cpu" for device in job.devices) and len(job.devices) > 1:
+    on_gpus = job.devices[0] != "cpu"
+    if not on_gpus and len(job.devices) > 1:
         _say(f"{len(job.devices)} CPU processes, one for each stage")
-    signalled: int | None = None
-    failed: ChildFailedError | None = None
-    try:
-        with _quiet_elastic(), _usr1_as_term():
-            elastic_launch(_elastic_config(job), run_local_worker)(job.to_json())
-    except ChildFailedError as error:
-        failed = error
-    except SignalException as error:
-        signalled = int(error.sigval)
-    finally:
-        _kill_leftovers(job)
-    code = _outcome(job, failed, signalled)
+    ended = run_workers(run_local_worker, job.to_json(), len(job.devices), gpus=on_gpus)
+    code = _outcome(run, ended)
     shutil.rmtree(run.scratch, ignore_errors=True)
-    if code in (Exit.DONE, Exit.PREEMPTED, Exit.INTERRUPTED):
+    if code in _SAVED:
         _say_what_next(run, code)
     return code
 
 
-def _elastic_config(job: Job) -> LaunchConfig:
-    scratch = job.run.scratch
-    return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=len(job.devices),
-        run_id=uuid.uuid4().hex,
-        role="pipetrain",
-        rdzv_backend="c10d",
-        rdzv_endpoint=str(scratch / "rendezvous"),
-        rdzv_configs={"store_type": "file", "timeout": 60},
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn" if job.devices[0] != "cpu" else "forkserver",
-        local_addr="127.0.0.1",
-        logs_specs=DefaultLogsSpecs(log_dir=str(scratch / "logs")),
-        shutdown_timeout=_SAVE_GRACE_S,
-    )
-
-
-def _outcome(job: Job, failed: ChildFailedError | None, signalled: int | None) -> int:
-    """Decides how the run ended, prints the failure if it is one, and writes it into `status.json`."""
-    run = job.run
-    before = status.read(run)
-    if failed is None and signalled is None:
+def _outcome(run: RunPaths, ended: Ended) -> int:
+    """Decides how the run ended; prints a failure and writes it into `status.json`."""
+    if not any(ended.codes):
         return Exit.DONE
     records = sorted((json.loads(path.read_text()) for path in run.scratch.glob("failure.*.json")), key=_blame)
-    if before.get("exit_code") in (Exit.PREEMPTED, Exit.INTERRUPTED) and not records:
+    before = status.read(run)
+    if before.get("exit_code") in _SAVED and not records:
         return int(before["exit_code"])
     if records and not records[0]["secondary"]:
         error, shown, code = records[0]["error"], records[0]["traceback"], int(records[0]["exit_code"])
-    elif signalled is not None:
-        code = Exit.INTERRUPTED if signalled == signal.SIGINT else Exit.TERMINATED
-        error, shown = "stopped by a signal before there was anything to save", ""
+    elif ended.signalled is not None:
+        code = Exit.INTERRUPTED if ended.signalled is signal.SIGINT else Exit.TERMINATED
+        error, shown = f"stopped by {ended.signalled.name} before a step could be finished and saved", ""
     else:
-        error, shown, code = _silent_death(job, failed, {record["rank"] for record in records}), "", Exit.FAILED
-    state = "interrupted" if signalled is not None else "failed"
+        error, shown, code = _silent_death(ended.codes, {record["rank"] for record in records}), "", Exit.FAILED
+    state = "interrupted" if ended.signalled is not None else "failed"
     step, metrics = before.get("step", 0), before.get("metrics", {})
     status.write(run, state, step=step, exit_code=int(code), error=error, metrics=metrics)
     sys.stdout.flush()
@@ -219,54 +170,16 @@ def _blame(record: dict[str, Any]) -> tuple[bool, int]:
     return record["secondary"], record["time_ns"]
 
 
-def _silent_death(job: Job, failed: ChildFailedError | None, spoke: set[int]) -> str:
+def _silent_death(codes: list[int], spoke: set[int]) -> str:
     """Names the rank that ended without a word: killed from outside, or by a crash in native code."""
-    codes = {rank: failure.exitcode for rank, failure in failed.failures.items()} if failed is not None else {}
-    rank = next((rank for rank in range(len(job.devices)) if rank not in spoke), 0)
-    code = codes.get(rank)
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        hint = f". If the system did it, it ran {ADVICE}" if name == "SIGKILL" else ""
-        return f"stage {rank} (rank {rank}) was killed by {name}{hint}"
-    return f"stage {rank} (rank {rank}) ended without a message (exit code {code})"
-
-
-def _kill_leftovers(job: Job) -> None:
-    """After a second Ctrl-C, or an agent that gave up waiting, some workers may still live."""
-    for rank in range(len(job.devices)):
-        with contextlib.suppress(OSError, ValueError):
-            os.kill(int(job.run.pid(rank).read_text()), signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _quiet_elastic() -> Iterator[None]:
-    """The agent's own reports blame the wrong rank at times and are long; ours is printed instead."""
-    noisy = ("torch.distributed.elastic", "torch.multiprocessing")
-    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(noisy)]
-    before = [logger.disabled for logger in loggers]
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        yield
-    finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
-
-
-@contextlib.contextmanager
-def _usr1_as_term() -> Iterator[None]:
-    """SIGUSR1, which batch systems send ahead of the end, is handled like SIGTERM."""
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    kept = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGUSR1, forward)
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+    silent = [rank for rank, code in enumerate(codes) if code and rank not in spoke] or [0]
+    # The launcher kills late victims itself, so any other end comes first.
+    rank = min(silent, key=lambda r: (codes[r] == -signal.SIGKILL and len(silent) > 1, r))
+    if codes[rank] >= 0:
+        return f"stage {rank} (rank {rank}) ended without a message (exit code {codes[rank]})"
+    name = signal.Signals(-codes[rank]).name
+    hint = f". If the system did it, it ran {ADVICE}" if name == "SIGKILL" else ""
+    return f"stage {rank} (rank {rank}) was killed by {name}{hint}"
 
 
 # ---- torchrun ----------------------------------------------------------------------------------------------------
@@ -305,12 +218,9 @@ def _shown(path: Path) -> str:
 
 def _say_what_next(run: RunPaths, code: int) -> None:
     step = status.read(run).get("step", 0)
-    state = {Exit.DONE: "finished", Exit.PREEMPTED: "preempted, saved", Exit.INTERRUPTED: "interrupted, saved"}[
-        Exit(code)
-    ]
     more = f" steps={2 * step}" if code == Exit.DONE else ""
     _say(
-        f"{state} at step {step}\n"
+        f"{_SAVED[Exit(code)]} at step {step}\n"
         f"run folder:  {_shown(run.root)}\n"
         f"resume:      pipetrain resume={_shown(run.root)}{more}\n"
         f"TensorBoard: tensorboard --logdir {_shown(run.root)}"

@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import datetime
+import faulthandler
 import json
 import logging
 import multiprocessing
@@ -38,36 +39,40 @@ _SECONDARY = re.compile(
 )
 
 
-def run_local_worker(job_json: str) -> None:
-    """Body of a local worker process. Leaves through `os._exit` unless all went well: sockets close at once, and the
+def run_local_worker(job_json: str, rank: int) -> None:
+    """Body of a local worker process. Leaves through `os._exit`: sockets close at once, and if this rank has failed its
     neighbours notice within milliseconds.
     """
     _die_with_launcher()
-    job, rank = Job.from_json(job_json), int(os.environ["RANK"])
+    faulthandler.enable()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    job = Job.from_json(job_json)
     job.run.pid(rank).write_text(str(os.getpid()))
     signals = Signals()
     _listen(signals, job.run)
+    world = len(job.devices)
     try:
-        store = FileStore(str(job.run.store), int(os.environ["WORLD_SIZE"]))
-        code = run_rank(job, signals, store)
+        code = run_rank(job, rank, world, signals, FileStore(str(job.run.store), world))
     except BaseException as error:
         code = record_failure(job.run, rank, error)
-    if code != Exit.DONE:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_torchrun_rank(job: Job) -> Exit:
     """Runs this process as one rank of the job that torchrun (or another launcher with its variables) started."""
     signals = Signals()
     _listen(signals, job.run)
-    return run_rank(job, signals, None)
+    return run_rank(job, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), signals, None)
 
 
-def run_rank(job: Job, signals: Signals, store: Store | None) -> Exit:
-    """Joins the process group and trains this rank's stage."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def run_rank(job: Job, rank: int, world: int, signals: Signals, store: Store | None) -> Exit:
+    """Joins the process group and trains this rank's stage.
+
+    Args:
+        store: where the ranks find each other; None takes torchrun's variables.
+    """
     torch.set_num_threads(_threads(job))
     device = torch.device(job.devices[rank])
     backend = "gloo"
@@ -80,11 +85,9 @@ def run_rank(job: Job, signals: Signals, store: Store | None) -> Exit:
         filename=job.run.log, level=logging.INFO, format=f"[%(asctime)s][stage {rank}] %(message)s", force=True
     )
     logging.captureWarnings(True)
-    try:
-        return train(job, DistributedTransport(device), device, signals)
-    finally:
-        if sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+    code = train(job, DistributedTransport(device), device, signals)
+    dist.destroy_process_group()
+    return code
 
 
 def _with_common_folder(job: Job) -> Job:

@@ -2,9 +2,9 @@
 
 import sys
 
-from pipetrain import cli, launch
+from pipetrain import cli, processes
 
 if __name__ == "__main__":
     # The fork server imports this before it makes workers, so they inherit what it changes.
-    launch.PRELOADED.append("faulty")
+    processes.PRELOADED.append("faulty")
     sys.exit(cli.main(sys.argv[2:]))

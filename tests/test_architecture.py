@@ -27,8 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "partition": {"models", "costs", "errors", "seeds"},
     "engine": {"schedule", "errors", "seeds"},
     "training": BASE | {"config", "schedule", "sim", "models", "data", "partition", "engine"},
+    "processes": set(),
     "worker": {"training", "engine", "errors", "paths"},
-    "launch": {"training", "worker", "config", "rules", "data", "devices", "errors", "paths"},
+    "launch": {"processes", "training", "worker", "config", "rules", "data", "devices", "errors", "paths"},
 }
 # The front end: may use anything below it, launch only inside the function that starts a run.
 FRONT = {"cli", "__main__", "argv", "mistakes", "help", "sweep", "footprint"}

@@ -131,7 +131,10 @@ def test_an_exception_is_named_and_its_traceback_is_the_last_thing_printed(comma
 def test_a_silent_death_is_named(command: Command, fault: str, text: str) -> None:
     done = command(*QUICK, "steps=50", "devices=3", fault=fault)
     assert done.returncode == 1
-    assert done.stderr.startswith(text), done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+        line for line in done.stderr.splitlines() if line.startswith(text)
+    ], done.stderr
+    assert text in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -274,3 +277,20 @@ def _listening_addresses(pids: set[int]) -> set[str]:
                 address = fields[1].rpartition(":")[0]
                 found.add(loopback.get(address, address))
     return found
+
+
+def test_memory_of_a_rank_grows_with_its_stage_not_with_the_model(command: Command) -> None:
+    """Under the same limit for each process one stage dies with advice and four stages train."""
+    large = [
+        "model.layers=14", "model.d_model=512", "model.d_ff=2048", "data.seq_len=16", "batch_size=4", "steps=2",
+        "eval.every=0", "checkpoint.every=0",
+    ]  # fmt: skip
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (1_900 * 2**20, 1_900 * 2**20))
+
+    done = command(*large, "devices=1", preexec_fn=limit)
+    assert done.returncode == 1
+    assert "error: stage 0 (rank 0) failed" in done.stderr
+    assert "out of memory: use more partitions (devices=...), recompute=always, smaller micro-batches" in done.stderr
+    assert command(*large, "devices=4", preexec_fn=limit).returncode == 0

@@ -1,0 +1,123 @@
+"""Local worker processes: starts one for each rank, watches them, and leaves none behind.
+
+Workers come from a fork server that has torch loaded already (spawn where there are GPUs: CUDA does not survive a
+fork). They meet through a file, so there is no port to collide on and nothing listens but gloo's own loopback pairs.
+
+Multiprocessing and not torch's elastic agent: the agent reports the exit code of one rank only, often a victim's, waits
+half a minute for a hung rank whatever it is told, and opens a store that listens on all addresses.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+PRELOADED = ["pipetrain.worker", "pipetrain.cli"]  # what the fork server imports before it makes workers
+SAVE_GRACE_S = 120.0  # how long workers may take to finish a step and write a checkpoint after a signal
+_FAILURE_GRACE_S = 5.0  # how long the others may take to notice that a rank has failed
+_POLL_S = 0.2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class Ended:
+    """How the workers ended.
+
+    Attributes:
+        codes: exit code of each rank; minus the signal's number if one killed it.
+        signalled: the first signal that this process got, or None.
+    """
+
+    codes: list[int]
+    signalled: signal.Signals | None = None
+
+
+@dataclass
+class _Inbox:
+    """Signals that came in and have not been answered yet."""
+
+    numbers: list[signal.Signals] = field(default_factory=list)
+
+
+def prepare_fork_server() -> None:
+    """Starts importing torch for the workers, while this process still checks the settings."""
+    if not _has_gpu_driver():
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
+
+
+def run_workers(worker_main: Callable[[str, int], None], argument: str, num_ranks: int, *, gpus: bool) -> Ended:
+    """Runs `worker_main(argument, rank)` in a process for each rank and waits until all have ended.
+
+    The first signal is handed on, and the workers have SAVE_GRACE_S to end by themselves; a second one ends them at
+    once. When a rank fails the others have a moment to notice; then they are ended too.
+    """
+    context: Any = multiprocessing.get_context("spawn" if gpus else "forkserver")
+    workers: list[BaseProcess] = [
+        context.Process(target=worker_main, args=(argument, rank), name=f"rank {rank}") for rank in range(num_ranks)
+    ]
+    with _inbox() as inbox:
+        try:
+            for worker in workers:
+                worker.start()
+            signalled = _watch(workers, inbox)
+        finally:
+            for worker in workers:
+                if worker.pid is not None:
+                    worker.kill()
+                    worker.join()
+    return Ended([worker.exitcode or 0 for worker in workers], signalled)
+
+
+def _watch(workers: list[BaseProcess], inbox: _Inbox) -> signal.Signals | None:
+    first: signal.Signals | None = None
+    deadline = float("inf")
+    while alive := [worker for worker in workers if worker.exitcode is None]:
+        if time.monotonic() > deadline:
+            return first
+        while inbox.numbers:
+            number = inbox.numbers.pop(0)
+            if first is not None:
+                return first
+            first, deadline = number, time.monotonic() + SAVE_GRACE_S
+            for worker in alive:
+                _signal(worker, number)
+        if deadline == float("inf") and any(worker.exitcode for worker in workers):
+            deadline = time.monotonic() + _FAILURE_GRACE_S
+        wait([worker.sentinel for worker in alive], timeout=_POLL_S)
+    return first
+
+
+def _signal(worker: BaseProcess, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        if worker.pid is not None:
+            os.kill(worker.pid, number)
+
+
+@contextlib.contextmanager
+def _inbox() -> Iterator[_Inbox]:
+    """Collects signals instead of being interrupted by them."""
+    inbox = _Inbox()
+
+    def put(number: int, frame: FrameType | None) -> None:
+        inbox.numbers.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, put) for number in _SIGNALS}
+    try:
+        yield inbox
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _has_gpu_driver() -> bool:
+    return Path("/dev/nvidia0").exists()
