@@ -222,9 +222,15 @@ def _say_what_next(run: RunPaths, code: int) -> None:
     _say(
         f"{_SAVED[Exit(code)]} at step {step}\n"
         f"run folder:  {_shown(run.root)}\n"
-        f"resume:      pipetrain resume={_shown(run.root)}{more}\n"
-        f"TensorBoard: tensorboard --logdir {_shown(run.root)}"
+        f"resume:      {_command('pipetrain')} resume={_shown(run.root)}{more}\n"
+        f"TensorBoard: {_command('tensorboard')} --logdir {_shown(run.root)}"
     )
+
+
+def _command(name: str) -> str:
+    """How the user starts a program of this environment: by name, or by path where it is not active."""
+    beside = Path(sys.executable).parent / name
+    return _shown(beside) if shutil.which(name) is None and beside.exists() else name
 
 
 def _write_environment(run: RunPaths) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,11 @@ def test_a_checkpoint_of_4_stages_resumed_on_2_equals_never_stopped(command: Com
     assert "step 6 of 6 is reached already; add steps=..., for example steps=12, to go on" in again.stdout
 
 
+def program(name: str) -> str:
+    """By name where the environment is active, else by path."""
+    return name if shutil.which(name) else str(Path(sys.executable).parent / name)
+
+
 def test_what_a_run_prints_and_leaves(command: Command) -> None:
     done = command(*QUICK, "steps=3", "eval.every=3", "eval.batches=2", "devices=2")
     run = command.run_folder()
@@ -89,8 +95,8 @@ def test_what_a_run_prints_and_leaves(command: Command) -> None:
     assert lines[-4:] == [
         "finished at step 3",
         f"run folder:  {shown}",
-        f"resume:      pipetrain resume={shown} steps=6",
-        f"TensorBoard: tensorboard --logdir {shown}",
+        f"resume:      {program('pipetrain')} resume={shown} steps=6",
+        f"TensorBoard: {program('tensorboard')} --logdir {shown}",
     ]
     names = {path.name.split(".")[0] if path.name.startswith("events") else path.name for path in run.iterdir()}
     assert names == {
