@@ -23,16 +23,16 @@ import torch
 
 from pipetrain import rules
 from pipetrain.config import Config, TextConfig
-from pipetrain.data.text import check_length, prepare_text
+from pipetrain.data.text import prepare_text
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.paths import RunPaths
 from pipetrain.processes import Ended, run_workers
 from pipetrain.training import checkpoint, status
-from pipetrain.training.build import build_recipe
+from pipetrain.training.build import build_recipe, open_data
 from pipetrain.training.job import Job
 from pipetrain.training.memory import ADVICE
-from pipetrain.worker import record_failure, run_local_worker, run_torchrun_rank
+from pipetrain.worker import explain_failure, run_local_worker, run_torchrun_rank
 
 # The ends of a run behind which there is a checkpoint, and their names.
 _SAVED = {Exit.DONE: "finished", Exit.PREEMPTED: "preempted, saved", Exit.INTERRUPTED: "interrupted, saved"}
@@ -50,10 +50,16 @@ def launch(cfg: Config, root: Path) -> int:
     """
     # Under torchrun only the first rank was given a folder for the run; a resumed run has one for all.
     run = RunPaths((Path(cfg.resume) if cfg.resume else root).absolute())
-    job = prepare(cfg, run)
+    rank = _torchrun_rank()
+    try:
+        job = prepare(cfg, run)
+    except PipetrainError as error:
+        if rank:
+            return int(error.exit_code)  # every rank finds the same; the first one says it
+        raise
     run.root.mkdir(parents=True, exist_ok=True)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _run_as_torchrun_rank(job)
+    if rank is not None:
+        return _run_as_torchrun_rank(job, rank)
     with _locked(run):
         return _run_local_workers(job)
 
@@ -69,7 +75,7 @@ def prepare(cfg: Config, run: RunPaths) -> Job:
         CheckpointError: if a run is to be resumed that has no usable checkpoint.
     """
     num_gpus = torch.cuda.device_count()
-    world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+    world = int(os.environ["WORLD_SIZE"]) if _torchrun_rank() is not None else None
     rules.check(cfg, num_gpus, world)
     devices = _torchrun_devices(world, num_gpus) if world else parse_devices(cfg.devices, num_gpus, cfg.partitions)
     saved: checkpoint.Manifest | None = None
@@ -89,7 +95,9 @@ def prepare(cfg: Config, run: RunPaths) -> Job:
         test_fraction=cfg.data.test_fraction,
         cache_dir=cfg.data.cache_dir,
     )
-    check_length(tokens, cfg.data.seq_len)
+    open_data(cfg, tokens, "train", cfg.data.order)
+    if cfg.eval.every:
+        open_data(cfg, tokens, "valid", "once")
     rules.check_model(cfg, len(build_recipe(cfg, tokens.vocab_size).layers), len(devices))
     job = Job(cfg, run, tokens, devices, found)
     if saved is not None and saved.data != job.data_id:
@@ -156,13 +164,15 @@ def _outcome(run: RunPaths, ended: Ended) -> int:
         error, shown = f"stopped by {ended.signalled.name} before a step could be finished and saved", ""
     else:
         error, shown, code = _silent_death(ended.codes, {record["rank"] for record in records}), "", Exit.FAILED
-    state = "interrupted" if ended.signalled is not None else "failed"
-    step, metrics = before.get("step", 0), before.get("metrics", {})
-    status.write(run, state, step=step, exit_code=int(code), error=error, metrics=metrics)
-    sys.stdout.flush()
-    sys.stderr.write(f"error: {error}\n{shown}")
-    sys.stderr.flush()
+    _write_failure(run, "interrupted" if ended.signalled is not None else "failed", error, int(code))
+    _complain(error, shown)
     return int(code)
+
+
+def _write_failure(run: RunPaths, state: str, error: str, code: int) -> None:
+    """Adds the end to what `status.json` said while the run was living."""
+    before = status.read(run)
+    status.write(run, state, step=before.get("step", 0), exit_code=code, error=error, metrics=before.get("metrics", {}))
 
 
 def _blame(record: dict[str, Any]) -> tuple[bool, int]:
@@ -185,21 +195,25 @@ def _silent_death(codes: list[int], spoke: set[int]) -> str:
 # ---- torchrun ----------------------------------------------------------------------------------------------------
 
 
-def _run_as_torchrun_rank(job: Job) -> int:
-    rank = int(os.environ["RANK"])
+def _torchrun_rank() -> int | None:
+    """This process's rank if torchrun, or a launcher that sets the same variables, started it."""
+    return int(os.environ["RANK"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+
+
+def _run_as_torchrun_rank(job: Job, rank: int) -> int:
+    """torchrun shows what its processes print: the failing rank speaks, its victims keep silent."""
     if rank == 0:
-        job.run.scratch.mkdir(mode=0o700, exist_ok=True)
         _write_environment(job.run)
         _say(f"run folder: {_shown(job.run.root)}")
     try:
         return int(run_torchrun_rank(job))
-    except PipetrainError as error:
-        if rank == 0 or error.__cause__ is not None:
-            raise
-        return int(error.exit_code)
     except Exception as error:
-        record_failure(job.run, rank, error)
-        raise
+        failure = explain_failure(rank, error)
+    if rank == 0:
+        _write_failure(job.run, "failed", failure.error, failure.exit_code)
+    if (failure.traceback and not failure.secondary) or (not failure.traceback and rank == 0):
+        _complain(failure.error, failure.traceback)
+    os._exit(failure.exit_code)  # at once: a socket that stays open would keep the neighbours waiting
 
 
 # ---- words -------------------------------------------------------------------------------------------------------
@@ -208,6 +222,12 @@ def _run_as_torchrun_rank(job: Job) -> int:
 def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+def _complain(error: str, shown: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(f"error: {error}\n{shown}")
+    sys.stderr.flush()
 
 
 def _shown(path: Path) -> str:

@@ -54,7 +54,9 @@ def run_local_worker(job_json: str, rank: int) -> None:
     try:
         code = run_rank(job, rank, world, signals, FileStore(str(job.run.store), world))
     except BaseException as error:
-        code = record_failure(job.run, rank, error)
+        failure = explain_failure(rank, error)
+        _record(job.run, failure)
+        code = Exit(failure.exit_code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -97,28 +99,46 @@ def _with_common_folder(job: Job) -> Job:
     return dataclasses.replace(job, run=RunPaths(Path(roots[0])))
 
 
-def record_failure(run: RunPaths, rank: int, error: BaseException) -> Exit:
-    """Writes down what ended this rank, for the launcher to choose the one to blame. Returns the exit code."""
-    cause = error.__cause__ if error.__cause__ is not None and not isinstance(error, KeyboardInterrupt) else error
-    for_user = isinstance(error, PipetrainError) and error.__cause__ is None
-    text = (
-        str(error) if isinstance(error, PipetrainError) else f"stage {rank} (rank {rank}) failed{memory_advice(error)}"
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """What ended a rank, in words for the user.
+
+    Attributes:
+        error: one line, or several where the error is one that is meant for the user.
+        traceback: of the cause; empty where the text says it all.
+        secondary: this rank has only lost its neighbour.
+        time_ns: when it happened.
+    """
+
+    rank: int
+    error: str
+    traceback: str
+    exit_code: int
+    secondary: bool
+    time_ns: int
+
+
+def explain_failure(rank: int, error: BaseException) -> Failure:
+    """Puts an exception into words and writes it into the log."""
+    cause = error.__cause__ or error
+    known = isinstance(error, PipetrainError)
+    failure = Failure(
+        rank=rank,
+        error=str(error) if known else f"stage {rank} (rank {rank}) failed{memory_advice(error)}",
+        traceback="" if known and cause is error else "".join(traceback.format_exception(cause)),
+        exit_code=int(error.exit_code if isinstance(error, PipetrainError) else Exit.FAILED),
+        secondary=bool(_SECONDARY.search(str(cause))),
+        time_ns=time.time_ns(),
     )
-    code = error.exit_code if isinstance(error, PipetrainError) else Exit.FAILED
-    shown = "" if for_user else "".join(traceback.format_exception(cause))
-    record = {
-        "rank": rank,
-        "error": text,
-        "traceback": shown,
-        "exit_code": int(code),
-        "secondary": bool(_SECONDARY.search(str(cause))),
-        "time_ns": time.time_ns(),
-    }
-    logging.getLogger(__name__).error("%s\n%s", text, shown)
-    aside = run.failure(rank).with_suffix(".writing")
-    aside.write_text(json.dumps(record))
-    os.replace(aside, run.failure(rank))
-    return code
+    logging.getLogger(__name__).error("%s\n%s", failure.error, failure.traceback)
+    return failure
+
+
+def _record(run: RunPaths, failure: Failure) -> None:
+    """Leaves the failure for the launcher, which chooses the one to blame."""
+    aside = run.failure(failure.rank).with_suffix(".writing")
+    aside.write_text(json.dumps(dataclasses.asdict(failure)))
+    os.replace(aside, run.failure(failure.rank))
 
 
 def _threads(job: Job) -> int:

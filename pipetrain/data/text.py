@@ -102,18 +102,6 @@ def prepare_text(
         ) from error
 
 
-def check_length(tokens: TokenFolder, seq_len: int) -> None:
-    """Checks that the train split, and the valid split unless it is empty, hold one sample.
-
-    Raises:
-        ConfigError: if one holds fewer than `seq_len + 1` tokens.
-    """
-    for split in ("train", "valid"):
-        count = tokens.num_tokens[split]
-        if count < seq_len + 1 and (split == "train" or count):
-            raise too_short(tokens, split, seq_len)
-
-
 def too_short(tokens: TokenFolder, split: str, seq_len: int) -> ConfigError:
     """The error for a split that does not hold one sample."""
     count = tokens.num_tokens[split]

@@ -121,8 +121,6 @@ class Stage:
         state = _InFlight(inputs, needs_grad, targets, key)
         if for_backward:
             self._in_flight[microbatch] = state
-        if not for_backward:
-            needs_grad = (False,) * len(inputs)
         # Without a graph nothing tells which outputs want a gradient, so the first forward of a kind has one.
         with_graph = for_backward and (keep_graph or key not in self._signatures)
         outputs = self._run(microbatch, state, with_graph)

@@ -20,7 +20,7 @@ import pytest
 from pipetrain.data import corpus
 from pipetrain.data import text as text_module
 from pipetrain.data.batches import TextBatches
-from pipetrain.data.text import TokenFolder, check_length, prepare_text, token_dtype
+from pipetrain.data.text import TokenFolder, prepare_text, token_dtype
 from pipetrain.data.tokenizer import load_tokenizer, train_sentencepiece
 from pipetrain.errors import ConfigError
 
@@ -455,19 +455,6 @@ def test_vocabularies_that_do_not_fit_leave_nothing(
     assert os.listdir(article.parent / "cache" / "text") == []
 
 
-def test_check_length(tmp_path: Path) -> None:
-    check_length(made(9, tmp_path), 8)
-    check_length(made(9, tmp_path, valid=9), 8)
-    with pytest.raises(ConfigError) as caught:
-        check_length(made(8, tmp_path), 8)
-    assert str(caught.value) == (
-        "the text has 8 tokens in its train split, but one sample needs data.seq_len + 1 = 9; "
-        "use data.seq_len=7 or a longer text"
-    )
-    with pytest.raises(ConfigError, match=r"valid split.* use a longer text or another data.valid_fraction$"):
-        check_length(made(9, tmp_path, valid=1), 8)
-
-
 # Batches
 
 
@@ -475,6 +462,17 @@ def batches(tokens: TokenFolder, order: str, **changes: Any) -> TextBatches:
     keys: dict[str, Any] = {"split": "train", "seq_len": 4, "batch_size": 3, "seed": 1}
     keys.update(changes)
     return TextBatches(tokens, keys.pop("split"), order=order, **keys)
+
+
+def test_a_split_that_does_not_hold_one_sample_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        batches(made(8, tmp_path), "once", seq_len=8)
+    assert str(caught.value) == (
+        "the text has 8 tokens in its train split, but one sample needs data.seq_len + 1 = 9; "
+        "use data.seq_len=7 or a longer text"
+    )
+    with pytest.raises(ConfigError, match=r"valid split.* use a longer text or another data.valid_fraction$"):
+        batches(made(9, tmp_path, valid=1), "once", split="valid", seq_len=8)
 
 
 @pytest.mark.parametrize("order", ["shuffled", "contiguous", "once"])
