@@ -164,15 +164,17 @@ def _outcome(run: RunPaths, ended: Ended) -> int:
         error, shown = f"stopped by {ended.signalled.name} before a step could be finished and saved", ""
     else:
         error, shown, code = _silent_death(ended.codes, {record["rank"] for record in records}), "", Exit.FAILED
-    _write_failure(run, "interrupted" if ended.signalled is not None else "failed", error, int(code))
     _complain(error, shown)
+    _write_failure(run, "interrupted" if ended.signalled is not None else "failed", error, int(code))
     return int(code)
 
 
 def _write_failure(run: RunPaths, state: str, error: str, code: int) -> None:
     """Adds the end to what `status.json` said while the run was living."""
     before = status.read(run)
-    status.write(run, state, step=before.get("step", 0), exit_code=code, error=error, metrics=before.get("metrics", {}))
+    step, metrics = before.get("step", 0), before.get("metrics", {})
+    with contextlib.suppress(OSError):  # a full disk may be the very failure
+        status.write(run, state, step=step, exit_code=code, error=error, metrics=metrics)
 
 
 def _blame(record: dict[str, Any]) -> tuple[bool, int]:
@@ -209,10 +211,10 @@ def _run_as_torchrun_rank(job: Job, rank: int) -> int:
         return int(run_torchrun_rank(job))
     except Exception as error:
         failure = explain_failure(rank, error)
-    if rank == 0:
-        _write_failure(job.run, "failed", failure.error, failure.exit_code)
     if (failure.traceback and not failure.secondary) or (not failure.traceback and rank == 0):
         _complain(failure.error, failure.traceback)
+    if rank == 0:
+        _write_failure(job.run, "failed", failure.error, failure.exit_code)
     os._exit(failure.exit_code)  # at once: a socket that stays open would keep the neighbours waiting
 
 

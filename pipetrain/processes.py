@@ -72,7 +72,7 @@ def run_workers(worker_main: Callable[[str, int], None], argument: str, num_rank
             signalled = _watch(workers, inbox)
         finally:
             for worker in workers:
-                if worker.pid is not None:
+                if worker.pid is not None and worker.exitcode is None:
                     worker.kill()
                     worker.join()
     return Ended([worker.exitcode or 0 for worker in workers], signalled)

@@ -1,5 +1,6 @@
 """The training loop of one rank. All ranks run it in step; `train` is the page to print out."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -68,6 +69,7 @@ class Trainer:
         self.job, self.transport, self.signals = job, transport, signals
         self.step = 0
         self._loss_val: float | None = None
+        self._finite = True
 
         recipe = self.recipe = build_recipe(cfg, job.tokens.vocab_size)
         balance = self.balance = balance_of(cfg, len(recipe.layers), transport.num_ranks)
@@ -251,4 +253,5 @@ class Trainer:
         if self.console is not None:
             self.console.close()
         if self.metrics is not None:
-            self.metrics.close()
+            with contextlib.suppress(OSError):  # what could not be flushed must not hide why the run ended
+                self.metrics.close()
