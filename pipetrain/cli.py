@@ -21,6 +21,7 @@ import hydra.version
 import yaml
 
 # `hydra.main` would read sys.argv by itself; these two, which it calls, take the words as they are.
+from hydra import compose, initialize_config_dir
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.config_store import ConfigStore
@@ -126,16 +127,19 @@ def _register() -> None:
             store.store(group=f"schema/{group}", name=name, node=schema)
     OmegaConf.register_new_resolver("pipetrain.id", lambda: secrets.token_hex(2), use_cache=True)
     OmegaConf.register_new_resolver("pipetrain.slug", slug)
-    OmegaConf.register_new_resolver("pipetrain.help", _help)
     Plugins.instance().register(_UserConfDir)
 
 
-def _help(*, _root_: DictConfig) -> str:
-    settings = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
-    settings._set_parent(None)
+def _help(overrides: list[str]) -> str:
+    """The text of --help, with the values that the command would run with.
+
+    Not by Hydra's own --help: it looks through all groups twice, for a second, and has no texts for keys.
+    """
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        settings = compose(argv.BUILT_IN, overrides)
     values = {key: OmegaConf.select(settings, key) for key in help.settings() if _has(settings, key)}
     plain = {key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for key, value in values.items()}
-    return help.text(plain, _folders()).replace("$", "$$")  # Hydra puts it through string.Template
+    return help.text(plain, _folders())
 
 
 def _has(settings: DictConfig, key: str) -> bool:
@@ -237,6 +241,9 @@ def _main(words: list[str], show_traceback: bool) -> int:
             print(help.VERSION)
             return Exit.DONE
         _prepare(args, parser, words)
+        if args.help:
+            print(_help(args.overrides))
+            return Exit.DONE
         hydra.version.setbase("1.3")
         _run_hydra(args, parser, _job, str(conf_dir()), argv.BUILT_IN)
         if _session.error is not None:
