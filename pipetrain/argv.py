@@ -5,7 +5,7 @@ words and a configuration file; mistakes that Hydra would answer badly are answe
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,6 @@ def refuse_flags(unknown: Sequence[str], words: Sequence[str]) -> None:
         value = next((word for word in words if "=" not in word), "VALUE")
         wanted = name if "=" in name else f"{name}={value}"
         raise ConfigError(f"{unknown[0]}: settings are key=value without dashes: try '{wanted}'")
-
-
-def torchrun_rank(environ: Mapping[str, str]) -> int | None:
-    """The rank of this process if torchrun (or a job script that sets the same variables) started it."""
-    rank = environ.get("RANK", "")
-    return int(rank) if rank.isdigit() and environ.get("WORLD_SIZE", "").isdigit() else None
 
 
 def quoted(text: str) -> str:

@@ -40,8 +40,10 @@ from pipetrain.footprint import Footprint
 from pipetrain.paths import RunPaths
 from pipetrain.processes import prepare_fork_server
 from pipetrain.sweep import Sweep, slug
+from pipetrain.torchrun import torchrun_rank
 
-_FRONT_END_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+_NO_FOLDER = (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError)
+_FRONT_END_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, *_NO_FOLDER)
 
 
 @dataclass
@@ -50,6 +52,7 @@ class _Session:
 
     rank: int | None = None
     resume: Path | None = None
+    config_dir: str | None = None
     footprint: Footprint | None = None
     sweep: Sweep | None = None
     launched: bool = False
@@ -100,12 +103,14 @@ def _resolves(config: DictConfig, key: str) -> bool:
 
 
 class _UserConfDir(SearchPathPlugin):
-    """Puts the folder named by PIPETRAIN_CONF before the built-in one."""
+    """Puts the folder named by PIPETRAIN_CONF before the built-in one; behind it, for --help, that of --config-dir."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         if folder := os.environ.get("PIPETRAIN_CONF"):
             path = f"file://{Path(folder).expanduser().absolute()}"
             search_path.prepend("PIPETRAIN_CONF", path, anchor=SearchPathQuery(provider="main"))
+        if _session.config_dir is not None:
+            search_path.append("command-line", f"file://{Path(_session.config_dir).absolute()}")
 
 
 def conf_dir() -> Path:
@@ -130,16 +135,17 @@ def _register() -> None:
     Plugins.instance().register(_UserConfDir)
 
 
-def _help(overrides: list[str]) -> str:
+def _help(args: Namespace) -> str:
     """The text of --help, with the values that the command would run with.
 
     Not by Hydra's own --help: it looks through all groups twice, for a second, and has no texts for keys.
     """
+    _session.config_dir = args.config_dir
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        settings = compose(argv.BUILT_IN, overrides)
+        settings = compose(args.config_name or argv.BUILT_IN, args.overrides)
     values = {key: OmegaConf.select(settings, key) for key in help.settings() if _has(settings, key)}
     plain = {key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value for key, value in values.items()}
-    return help.text(plain, _folders())
+    return help.text(plain, _folders(args.config_dir))
 
 
 def _has(settings: DictConfig, key: str) -> bool:
@@ -209,10 +215,10 @@ def _launch(raw: DictConfig, folder: Path) -> int:
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one command, `pipetrain WORDS`, and returns its exit code."""
     global _session
-    _session = _Session(rank=argv.torchrun_rank(os.environ))
+    _session = _Session(rank=torchrun_rank(os.environ))
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
-    before = signal.signal(signal.SIGTERM, _terminated)
+    before = {number: signal.signal(number, _stopped) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         code = _main(sys.argv[1:] if words is None else list(words), full_error == "1")
         sys.stdout.flush()
@@ -220,16 +226,23 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = Exit.DONE
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         os.environ.pop("HYDRA_FULL_ERROR")
         if full_error is not None:
             os.environ["HYDRA_FULL_ERROR"] = full_error
     return int(code)
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM before any worker has started: nothing to save."""
-    raise SystemExit(int(Exit.TERMINATED))
+def _stopped(number: int, frame: FrameType | None) -> NoReturn:
+    """Ctrl-C or SIGTERM while no worker runs: nothing to save. (An exception amid an import would abort noisily.)"""
+    if _session.sweep is None and _session.footprint is not None:
+        _session.footprint.undo()
+    elif _session.sweep is not None and _session.sweep.jobs:
+        _session.sweep.print_table()
+    print("interrupted", file=sys.stderr)
+    sys.stdout.flush()
+    os._exit(Exit.INTERRUPTED if number == signal.SIGINT else Exit.TERMINATED)
 
 
 def _main(words: list[str], show_traceback: bool) -> int:
@@ -242,7 +255,7 @@ def _main(words: list[str], show_traceback: bool) -> int:
             return Exit.DONE
         _prepare(args, parser, words)
         if args.help:
-            print(_help(args.overrides))
+            print(_help(args))
             return Exit.DONE
         hydra.version.setbase("1.3")
         _run_hydra(args, parser, _job, str(conf_dir()), argv.BUILT_IN)
@@ -298,7 +311,7 @@ def _prepare(args: Namespace, parser: ArgumentParser, words: list[str]) -> None:
     for folder in _folders()[:-1]:
         if not folder.is_dir():
             raise ConfigError(f"the environment says PIPETRAIN_CONF={folder}, but there is no such folder")
-    if args.shell_completion or args.help or args.hydra_help:
+    if args.shell_completion or args.hydra_help:
         return
     rewritten = argv.rewrite(args.overrides, _session.rank)
     _session.resume = rewritten.resume

@@ -10,7 +10,6 @@ class Exit(IntEnum):
     FAILED = 1
     BAD_SETTINGS = 2
     NO_CHECKPOINT = 3
-    HUNG = 4
     NON_FINITE = 5
     PREEMPTED = 75
     INTERRUPTED = 130

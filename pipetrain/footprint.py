@@ -21,17 +21,16 @@ class Footprint:
     def undo(self) -> None:
         """Restores the folder, or removes it if it is new. A new folder that holds more than Hydra's files stays."""
         log = RunPaths(self._folder).log
-        empty_log = {log} if log.is_file() and not log.stat().st_size else set()
         found = {path for path in self._folder.rglob("*") if path.is_file()}
-        if self._missing and found - set(self._before) - empty_log:
+        if self._missing and found - set(self._before) - {log}:
             return
         for path, content in self._before.items():
             if content is not None:
                 path.write_bytes(content)
             elif path.parent.is_dir():
                 path.unlink(missing_ok=True)
-        for path in empty_log:
-            path.unlink()
+        if self._missing:
+            log.unlink(missing_ok=True)
         for path in (self._folder / ".hydra", *self._missing):
             with contextlib.suppress(OSError):  # not empty, or never made
                 path.rmdir()

@@ -15,12 +15,12 @@ VERSION = f"pipetrain {pipetrain.__version__}"
 
 _EXAMPLES = (
     ("pipetrain experiment=demo", "a first run: two stages on this machine"),
-    ("pipetrain model=transformer/small devices=4", "four GPUs, or four CPU processes where there is no GPU"),
+    ("pipetrain model=transformer_small devices=4", "four GPUs, or four CPU processes where there is no GPU"),
     ("pipetrain data.path=book.txt steps=1000", "your own text"),
     ("pipetrain my.yaml devices=2", "your own settings in a file that starts with: defaults: [config, _self_]"),
     ("pipetrain -m devices=1,2,4", "a sweep: one run after the other, with a table at the end"),
     ("pipetrain resume=runs/NAME/RUN steps=600", "go on with a run, in its folder and with its settings"),
-    ("pipetrain model=transformer/tiny --cfg job", "show the settings and stop"),
+    ("pipetrain model=transformer_tiny --cfg job", "show the settings and stop"),
     ("tensorboard --logdir runs", "look at the runs"),
 )
 _FLAGS = (
@@ -38,7 +38,7 @@ _FOLDERS = (
     ("HYDRA_FULL_ERROR=1", "environment: errors about settings with their traceback"),
 )
 _EXIT_CODES = (
-    "Exit codes: 0 done, 1 failed, 2 wrong settings, 3 no usable checkpoint, 4 hung, 5 loss not finite,\n"
+    "Exit codes: 0 done, 1 failed, 2 wrong settings, 3 no usable checkpoint, 5 loss not finite,\n"
     "75 preempted and saved, 130 Ctrl-C, 143 stopped before there was anything to save."
 )
 
@@ -99,7 +99,7 @@ def text(values: Mapping[str, Any], folders: Sequence[Path]) -> str:
     parts = [
         f"{VERSION}: pipeline-parallel training, driven by key=value settings",
         _table(_EXAMPLES),
-        "Files to choose from, as in model=transformer/tiny\n"
+        "Files to choose from, as in model=transformer_tiny\n"
         + _table([(group, ", ".join(names)) for group, names in choices(folders).items()]),
     ]
     rows: dict[str, list[tuple[str, str, str]]] = {}

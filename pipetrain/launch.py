@@ -28,6 +28,7 @@ from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.paths import RunPaths
 from pipetrain.processes import Ended, run_workers
+from pipetrain.torchrun import Place
 from pipetrain.training import checkpoint, status
 from pipetrain.training.build import build_recipe, open_data
 from pipetrain.training.job import Job
@@ -50,16 +51,22 @@ def launch(cfg: Config, root: Path) -> int:
     """
     # Under torchrun only the first rank was given a folder for the run; a resumed run has one for all.
     run = RunPaths((Path(cfg.resume) if cfg.resume else root).absolute())
-    rank = _torchrun_rank()
-    try:
-        job = prepare(cfg, run)
-    except PipetrainError as error:
-        if rank:
+    num_gpus = torch.cuda.device_count()
+    place = Place.read(os.environ)
+    if place is None:
+        job = prepare(cfg, run, num_gpus)
+    else:
+        devices = place.devices(cfg.devices, num_gpus)
+        try:
+            job = prepare(cfg, run, num_gpus, devices)
+        except PipetrainError as error:
+            if place.rank == 0:
+                raise
             return int(error.exit_code)  # every rank finds the same; the first one says it
-        raise
     run.root.mkdir(parents=True, exist_ok=True)
-    if rank is not None:
-        return _run_as_torchrun_rank(job, rank)
+    if place is not None:
+        with _locked(run) if place.rank == 0 else contextlib.nullcontext():
+            return _run_as_torchrun_rank(job, place.rank)
     with _locked(run):
         return _run_local_workers(job)
 
@@ -67,17 +74,20 @@ def launch(cfg: Config, root: Path) -> int:
 # ---- before a worker starts --------------------------------------------------------------------------------------
 
 
-def prepare(cfg: Config, run: RunPaths) -> Job:
+def prepare(cfg: Config, run: RunPaths, num_gpus: int, devices: tuple[str, ...] | None = None) -> Job:
     """Checks every rule, prepares the text, and finds the checkpoint of a resumed run.
+
+    Args:
+        num_gpus: GPUs of this machine.
+        devices: one for each rank, where torchrun decides; None takes the settings'.
 
     Raises:
         ConfigError: with all that is wrong with the settings by themselves, or the first rule that a fact breaks.
         CheckpointError: if a run is to be resumed that has no usable checkpoint.
     """
-    num_gpus = torch.cuda.device_count()
-    world = int(os.environ["WORLD_SIZE"]) if _torchrun_rank() is not None else None
-    rules.check(cfg, num_gpus, world)
-    devices = _torchrun_devices(world, num_gpus) if world else parse_devices(cfg.devices, num_gpus, cfg.partitions)
+    rules.check(cfg, num_gpus, len(devices) if devices is not None else None)
+    if devices is None:
+        devices = parse_devices(cfg.devices, num_gpus, cfg.partitions)
     saved: checkpoint.Manifest | None = None
     found: Path | None = None
     if cfg.resume is not None:
@@ -95,9 +105,12 @@ def prepare(cfg: Config, run: RunPaths) -> Job:
         test_fraction=cfg.data.test_fraction,
         cache_dir=cfg.data.cache_dir,
     )
-    open_data(cfg, tokens, "train", cfg.data.order)
+    steps_of_epoch = open_data(cfg, tokens, "train", cfg.data.order).num_batches
     if cfg.eval.every:
-        open_data(cfg, tokens, "valid", "once")
+        try:
+            open_data(cfg, tokens, "valid", "once")
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or train without evaluation: eval.every=0") from error
     rules.check_model(cfg, len(build_recipe(cfg, tokens.vocab_size).layers), len(devices))
     job = Job(cfg, run, tokens, devices, found)
     if saved is not None and saved.data != job.data_id:
@@ -105,17 +118,23 @@ def prepare(cfg: Config, run: RunPaths) -> Job:
             f"the text of data.path={cfg.data.path} is not the one that {run.root} was trained on; "
             "put the old text back, or start a new run"
         )
+    if saved is not None:
+        _check_goes_on(cfg, saved.step, steps_of_epoch)
+        _say(f"going on from step {saved.step}{_changes(cfg, saved)}")
     return job
 
 
-def _torchrun_devices(world: int, num_gpus: int) -> tuple[str, ...]:
-    """Under torchrun every process takes the device of its local rank; of the others only the kind is known."""
-    if num_gpus == 0:
-        return ("cpu",) * world
-    local, rank = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ["RANK"])
-    if local >= num_gpus:
-        raise ConfigError(f"torchrun started more processes than this machine has GPUs ({num_gpus}); use fewer of them")
-    return tuple(f"cuda:{local}" if r == rank else "cuda" for r in range(world))
+def _check_goes_on(cfg: Config, step: int, steps_of_epoch: int) -> None:
+    last = cfg.steps or (cfg.epochs or 0) * steps_of_epoch
+    if last <= step:
+        given = f"steps={cfg.steps}" if cfg.steps else f"epochs={cfg.epochs}, which is {last} steps,"
+        more = f"steps={2 * step}" if cfg.steps else f"epochs={2 * -(-step // steps_of_epoch)}"
+        raise ConfigError(f"the run has reached step {step} and {given} ends there or before; to go on: {more}")
+
+
+def _changes(cfg: Config, saved: checkpoint.Manifest) -> str:
+    changed = [f"{key}={new} (was {old})" for key, old, new in rules.changes(cfg, saved.config)]
+    return f", with {', '.join(changed)}" if changed else ""
 
 
 @contextlib.contextmanager
@@ -141,29 +160,32 @@ def _run_local_workers(job: Job) -> int:
     on_gpus = job.devices[0] != "cpu"
     if not on_gpus and len(job.devices) > 1:
         _say(f"{len(job.devices)} CPU processes, one for each stage")
+    before = status.read(run)  # of a resumed run
+    step, metrics = before.get("step", 0), before.get("metrics", {})
+    status.write(run, "starting", step=step, exit_code=None, error=None, metrics=metrics)
     ended = run_workers(run_local_worker, job.to_json(), len(job.devices), gpus=on_gpus)
     code = _outcome(run, ended)
     shutil.rmtree(run.scratch, ignore_errors=True)
     if code in _SAVED:
-        _say_what_next(run, code)
+        _say_what_next(job, code)
     return code
 
 
 def _outcome(run: RunPaths, ended: Ended) -> int:
     """Decides how the run ended; prints a failure and writes it into `status.json`."""
-    if not any(ended.codes):
-        return Exit.DONE
+    if len(set(ended.codes)) == 1 and ended.codes[0] in _SAVED:
+        return int(ended.codes[0])
     records = sorted((json.loads(path.read_text()) for path in run.scratch.glob("failure.*.json")), key=_blame)
-    before = status.read(run)
-    if before.get("exit_code") in _SAVED and not records:
-        return int(before["exit_code"])
+    silent = {rank: code for rank, code in enumerate(ended.codes) if code and not run.failure(rank).exists()}
     if records and not records[0]["secondary"]:
         error, shown, code = records[0]["error"], records[0]["traceback"], int(records[0]["exit_code"])
     elif ended.signalled is not None:
         code = Exit.INTERRUPTED if ended.signalled is signal.SIGINT else Exit.TERMINATED
         error, shown = f"stopped by {ended.signalled.name} before a step could be finished and saved", ""
-    else:
-        error, shown, code = _silent_death(ended.codes, {record["rank"] for record in records}), "", Exit.FAILED
+    elif silent or not records:
+        error, shown, code = _silent_death(silent), "", Exit.FAILED
+    else:  # only victims: the best that is known
+        error, shown, code = records[0]["error"], records[0]["traceback"], int(records[0]["exit_code"])
     _complain(error, shown)
     _write_failure(run, "interrupted" if ended.signalled is not None else "failed", error, int(code))
     return int(code)
@@ -182,24 +204,19 @@ def _blame(record: dict[str, Any]) -> tuple[bool, int]:
     return record["secondary"], record["time_ns"]
 
 
-def _silent_death(codes: list[int], spoke: set[int]) -> str:
-    """Names the rank that ended without a word: killed from outside, or by a crash in native code."""
-    silent = [rank for rank, code in enumerate(codes) if code and rank not in spoke] or [0]
-    # The launcher kills late victims itself, so any other end comes first.
-    rank = min(silent, key=lambda r: (codes[r] == -signal.SIGKILL and len(silent) > 1, r))
-    if codes[rank] >= 0:
-        return f"stage {rank} (rank {rank}) ended without a message (exit code {codes[rank]})"
-    name = signal.Signals(-codes[rank]).name
+def _silent_death(silent: dict[int, int]) -> str:
+    """Names the first rank that ended without a word: killed from outside, or by a crash in native code."""
+    if not silent:
+        return "the workers did not end by themselves"
+    rank, code = next(iter(silent.items()))
+    if code >= 0:
+        return f"stage {rank} (rank {rank}) ended without a message (exit code {code})"
+    name = signal.Signals(-code).name
     hint = f". If the system did it, it ran {ADVICE}" if name == "SIGKILL" else ""
     return f"stage {rank} (rank {rank}) was killed by {name}{hint}"
 
 
 # ---- torchrun ----------------------------------------------------------------------------------------------------
-
-
-def _torchrun_rank() -> int | None:
-    """This process's rank if torchrun, or a launcher that sets the same variables, started it."""
-    return int(os.environ["RANK"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
 
 
 def _run_as_torchrun_rank(job: Job, rank: int) -> int:
@@ -208,13 +225,17 @@ def _run_as_torchrun_rank(job: Job, rank: int) -> int:
         _write_environment(job.run)
         _say(f"run folder: {_shown(job.run.root)}")
     try:
-        return int(run_torchrun_rank(job))
+        code = run_torchrun_rank(job)
+        if rank == 0 and code in _SAVED:
+            _say_what_next(job, code)
+        return int(code)
     except Exception as error:
         failure = explain_failure(rank, error)
     if (failure.traceback and not failure.secondary) or (not failure.traceback and rank == 0):
         _complain(failure.error, failure.traceback)
     if rank == 0:
-        _write_failure(job.run, "failed", failure.error, failure.exit_code)
+        text = "another rank failed; torchrun's output names it" if failure.secondary else failure.error
+        _write_failure(job.run, "failed", text, failure.exit_code)
     os._exit(failure.exit_code)  # at once: a socket that stays open would keep the neighbours waiting
 
 
@@ -238,9 +259,10 @@ def _shown(path: Path) -> str:
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
-def _say_what_next(run: RunPaths, code: int) -> None:
-    step = status.read(run).get("step", 0)
-    more = f" steps={2 * step}" if code == Exit.DONE else ""
+def _say_what_next(job: Job, code: int) -> None:
+    run, step = job.run, status.read(job.run).get("step", 0)
+    longer = f" epochs={2 * job.cfg.epochs}" if job.cfg.epochs else f" steps={2 * step}"
+    more = longer if code == Exit.DONE else ""
     _say(
         f"{_SAVED[Exit(code)]} at step {step}\n"
         f"run folder:  {_shown(run.root)}\n"

@@ -19,6 +19,8 @@ def explain(error: BaseException, overrides: Sequence[str], folders: Sequence[Pa
         overrides: the words of the command line.
         folders: where YAML files are looked for.
     """
+    if isinstance(error, OSError) and error.strerror is not None:  # Hydra's own for a missing file is one too
+        return f"the run folder cannot be written: {error.strerror} ({error.filename}); choose another hydra.run.dir"
     message = str(error).partition("\nConfig search path")[0].strip()
     if word := getattr(error, "override", None):
         return bad_syntax(word)

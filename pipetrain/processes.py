@@ -25,6 +25,7 @@ PRELOADED = ["pipetrain.worker", "pipetrain.cli"]  # what the fork server import
 SAVE_GRACE_S = 120.0  # how long workers may take to finish a step and write a checkpoint after a signal
 _FAILURE_GRACE_S = 5.0  # how long the others may take to notice that a rank has failed
 _POLL_S = 0.2
+_REPEAT_S = 1.0  # how often a signal is handed on again
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -33,11 +34,11 @@ class Ended:
     """How the workers ended.
 
     Attributes:
-        codes: exit code of each rank; minus the signal's number if one killed it.
+        codes: exit code of each rank, minus the signal's number if one killed it; None if it had to be ended from here.
         signalled: the first signal that this process got, or None.
     """
 
-    codes: list[int]
+    codes: list[int | None]
     signalled: signal.Signals | None = None
 
 
@@ -50,9 +51,17 @@ class _Inbox:
 
 def prepare_fork_server() -> None:
     """Starts importing torch for the workers, while this process still checks the settings."""
-    if not _has_gpu_driver():
+    if _has_gpu_driver():
+        return
+    # Signals are often sent to a whole group of processes: the server must outlive them, or all workers die with it.
+    # What is ignored here it inherits, and so do the workers until they listen.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+    try:
         multiprocessing.set_forkserver_preload(PRELOADED)
         forkserver.ensure_running()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_workers(worker_main: Callable[[str, int], None], argument: str, num_ranks: int, *, gpus: bool) -> Ended:
@@ -70,17 +79,17 @@ def run_workers(worker_main: Callable[[str, int], None], argument: str, num_rank
             for worker in workers:
                 worker.start()
             signalled = _watch(workers, inbox)
+            return Ended([worker.exitcode for worker in workers], signalled)
         finally:
             for worker in workers:
                 if worker.pid is not None and worker.exitcode is None:
                     worker.kill()
                     worker.join()
-    return Ended([worker.exitcode or 0 for worker in workers], signalled)
 
 
 def _watch(workers: list[BaseProcess], inbox: _Inbox) -> signal.Signals | None:
     first: signal.Signals | None = None
-    deadline = float("inf")
+    deadline = sent = float("inf")
     while alive := [worker for worker in workers if worker.exitcode is None]:
         if time.monotonic() > deadline:
             return first
@@ -88,9 +97,13 @@ def _watch(workers: list[BaseProcess], inbox: _Inbox) -> signal.Signals | None:
             number = inbox.numbers.pop(0)
             if first is not None:
                 return first
-            first, deadline = number, time.monotonic() + SAVE_GRACE_S
+            first, deadline, sent = number, time.monotonic() + SAVE_GRACE_S, 0.0
+        if (
+            first is not None and time.monotonic() - sent > _REPEAT_S
+        ):  # a worker that was still starting did not hear it
+            sent = time.monotonic()
             for worker in alive:
-                _signal(worker, number)
+                _signal(worker, first)
         if deadline == float("inf") and any(worker.exitcode for worker in workers):
             deadline = time.monotonic() + _FAILURE_GRACE_S
         wait([worker.sentinel for worker in alive], timeout=_POLL_S)

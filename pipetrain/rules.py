@@ -5,6 +5,7 @@ rules that need a fact found later: the layers of the model, the settings of the
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from pipetrain.config import (
@@ -27,6 +28,8 @@ LOGIT_CLIP_KINDS = ("hard", "soft")
 INIT_SCALES = ("none", "inverse_depth", "inverse_sqrt_depth")
 POSITIONS = ("learned", "sinusoidal")
 READING_ORDERS = ("shuffled", "contiguous")
+_FIXED = ("model", "data", "batch_size", "seed", "logit_clip", "logit_clip_kind", "optimizer.name")  # in a resumed run
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 LR_RULES = ("constant", "linear", "cosine", "inverse_sqrt")
 
 
@@ -45,9 +48,19 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
     _check_pipeline(cfg, num_gpus, world_size, problems)
     _check_model_shape(cfg, problems)
     _check_optimizer(cfg.optimizer, problems)
-    if (cfg.steps is None) == (cfg.epochs is None):
-        given = "neither was given" if cfg.steps is None else f"got steps={cfg.steps} and epochs={cfg.epochs}"
-        problems.append(f"give either steps=... or epochs=..., {given}; the other one is null")
+    if cfg.steps is not None and cfg.epochs is not None:
+        problems.append(
+            f"steps={cfg.steps} and epochs={cfg.epochs} are both set: type steps=null epochs={cfg.epochs}, "
+            f"or epochs=null steps={cfg.steps}"
+        )
+    elif cfg.steps is None and cfg.epochs is None:
+        problems.append("steps=null and epochs=null leave open how long to train; type steps=300 or epochs=1")
+    if not _NAME.fullmatch(cfg.name):
+        problems.append(
+            f"name={cfg.name} must be a plain folder name of letters, digits, '.', '-' and '_', such as name=first"
+        )
+    if isinstance(cfg.data, TextConfig) and cfg.data.path == "":
+        problems.append("data.path= is empty: give a file or folder, or data.path=null for Python's own manual")
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -58,6 +71,7 @@ def _check_ranges(cfg: Config, problems: list[str]) -> None:
         ("micro_batches", cfg.micro_batches, 1),
         ("steps", cfg.steps, 1),
         ("epochs", cfg.epochs, 1),
+        ("partitions", cfg.partitions, 1),
         ("log_every", cfg.log_every, 1),
         ("eval.every", cfg.eval.every, 0),
         ("eval.batches", cfg.eval.batches, 1),
@@ -130,7 +144,7 @@ def _check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems
     except ConfigError as error:
         problems.append(str(error))
     else:
-        if world_size is not None and cfg.devices != "auto":
+        if world_size is not None and cfg.devices not in ("auto", "cpu"):
             problems.append(
                 f"devices={cfg.devices}, but torchrun started {world_size} processes and chooses the devices; "
                 "leave devices out, or use devices=auto where a file sets it"
@@ -222,7 +236,8 @@ def check_model(cfg: Config, num_layers: int, num_stages: int) -> None:
     """
     if num_stages > num_layers:
         raise ConfigError(
-            f"{num_stages} stages, but the model has only {num_layers} layers and every stage needs one; "
+            f"devices={cfg.devices} makes {num_stages} stages, but the model has only {num_layers} layers "
+            "and every stage needs one; "
             f"use devices={num_layers} or fewer, or a deeper model"
         )
     if isinstance(cfg.balance, list) and sum(cfg.balance) != num_layers:
@@ -234,7 +249,7 @@ def check_model(cfg: Config, num_layers: int, num_stages: int) -> None:
 
 
 def check_resume(cfg: Config, saved: dict[str, Any]) -> None:
-    """Checks that a resumed run is still the run it was: its model, data, batch size and seed.
+    """Checks that a resumed run is still the run it was: its model, data, batch size, seed and kind of optimizer.
 
     Args:
         saved: the settings in the checkpoint.
@@ -242,22 +257,28 @@ def check_resume(cfg: Config, saved: dict[str, Any]) -> None:
     Raises:
         ConfigError: with every such setting that differs.
     """
-    now = dataclasses.asdict(cfg)
-    problems = []
-    for group in ("model", "data", "batch_size", "seed"):
-        old, new = saved[group], now[group]
-        pairs = (
-            [(group, old, new)]
-            if not isinstance(old, dict)
-            else [(f"{group}.{key}", old.get(key), new.get(key)) for key in {**old, **new} if key != "cache_dir"]
-        )
-        problems += [
-            f"{key}={_plain(b)}, but the run to resume has {key}={_plain(a)}: leave {key} out, or start a new run"
-            for key, a, b in pairs
-            if a != b
-        ]
+    problems = [
+        f"{key}={_plain(new)}, but the run to resume has {key}={_plain(old)}: leave {key} out, or start a new run"
+        for key, old, new in changes(cfg, saved)
+        if key.split(".")[0] in _FIXED or key in _FIXED
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def changes(cfg: Config, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The settings that differ from saved ones, as (key, saved, now). Where the text lies does not count."""
+
+    def flat(settings: dict[str, Any]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in settings.items():
+            out |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        return out
+
+    before, now = flat(saved), flat(dataclasses.asdict(cfg))
+    ignored = {"data.path", "data.cache_dir", "resume", "name"}
+    keys = [key for key in {**before, **now} if key not in ignored]
+    return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
 
 
 def _plain(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Where randomness comes from: every seed is a hash of what it is for.
 
 A layer is initialised from (run seed, layer name); a random layer draws from (run seed, step, layer name,
-micro-batch, replica). No generator is ever carried from one to the next, so no draw depends on the number of
+micro-batch). No generator is ever carried from one to the next, so no draw depends on the number of
 stages, on the schedule or on a recompute.
 """
 

@@ -118,6 +118,8 @@ class Sweep:
         failed = sum(job.code != 0 for job in self.jobs)
         console.print(f"\njobs: {len(self.jobs)}, failed: {failed}")
         console.print(f"tensorboard --logdir {_short(self.folder)}", soft_wrap=True)
+        if failed:
+            console.print(f"to go on: the same command with hydra.sweep.dir={_short(self.folder)}", soft_wrap=True)
 
     def _shared(self) -> list[str]:
         """The settings that all jobs have in common: no use in a table that compares them."""

@@ -8,7 +8,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
@@ -21,35 +20,28 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
-from pipetrain.engine.transport import DistributedTransport
+from pipetrain.engine.transport import DistributedTransport, PeerLost
 from pipetrain.errors import Exit, PipetrainError
 from pipetrain.paths import RunPaths
 from pipetrain.training.job import Job
 from pipetrain.training.loop import Request, Signals, train
 from pipetrain.training.memory import memory_advice
 
-_INIT_TIMEOUT = datetime.timedelta(minutes=30)
+_TIMEOUT = datetime.timedelta(minutes=30)
 _PR_SET_PDEATHSIG = 1
-
-# How the death of a neighbour looks from here. A rank that fails with one of these was not the first.
-_SECONDARY = re.compile(
-    r"Connection (closed|reset) by peer|Broken pipe|Socket Timeout|Timed out waiting|remote process exited|"
-    r"NCCL .*(remote|unhandled)|Connection refused",
-    re.IGNORECASE,
-)
 
 
 def run_local_worker(job_json: str, rank: int) -> None:
     """Body of a local worker process. Leaves through `os._exit`: sockets close at once, and if this rank has failed its
     neighbours notice within milliseconds.
     """
+    signals = Signals()
+    _listen(signals)
     _die_with_launcher()
     faulthandler.enable()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     job = Job.from_json(job_json)
     job.run.pid(rank).write_text(str(os.getpid()))
-    signals = Signals()
-    _listen(signals, job.run)
     world = len(job.devices)
     try:
         code = run_rank(job, rank, world, signals, FileStore(str(job.run.store), world))
@@ -65,7 +57,7 @@ def run_local_worker(job_json: str, rank: int) -> None:
 def run_torchrun_rank(job: Job) -> Exit:
     """Runs this process as one rank of the job that torchrun (or another launcher with its variables) started."""
     signals = Signals()
-    _listen(signals, job.run)
+    _listen(signals)
     return run_rank(job, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), signals, None)
 
 
@@ -81,13 +73,16 @@ def run_rank(job: Job, rank: int, world: int, signals: Signals, store: Store | N
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_INIT_TIMEOUT)
-    job = _with_common_folder(job)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
+        job = _with_common_folder(job)
+    except RuntimeError as error:
+        raise PeerLost(f"the ranks did not find each other: {error}") from error
     logging.basicConfig(
         filename=job.run.log, level=logging.INFO, format=f"[%(asctime)s][stage {rank}] %(message)s", force=True
     )
     logging.captureWarnings(True)
-    code = train(job, DistributedTransport(device), device, signals)
+    code = train(job, DistributedTransport(device, _TIMEOUT), device, signals)
     dist.destroy_process_group()
     return code
 
@@ -120,14 +115,14 @@ class Failure:
 
 def explain_failure(rank: int, error: BaseException) -> Failure:
     """Puts an exception into words and writes it into the log."""
-    cause = error.__cause__ or error
+    cause = error if isinstance(error, PeerLost) else error.__cause__ or error
     known = isinstance(error, PipetrainError)
     failure = Failure(
         rank=rank,
         error=str(error) if known else f"stage {rank} (rank {rank}) failed{memory_advice(error)}",
         traceback="" if known and cause is error else "".join(traceback.format_exception(cause)),
         exit_code=int(error.exit_code if isinstance(error, PipetrainError) else Exit.FAILED),
-        secondary=bool(_SECONDARY.search(str(cause))),
+        secondary=isinstance(cause, PeerLost),
         time_ns=time.time_ns(),
     )
     logging.getLogger(__name__).error("%s\n%s", failure.error, failure.traceback)
@@ -148,12 +143,10 @@ def _threads(job: Job) -> int:
     return int(job.cfg.threads)
 
 
-def _listen(signals: Signals, run: RunPaths) -> None:
+def _listen(signals: Signals) -> None:
     """Turns signals into requests that the loop answers at the end of its step."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if any(run.scratch.glob("failure.*.json")):
-            os._exit(Exit.FAILED)  # the launcher clears up behind another rank's failure: nothing left to save
         signals.request = Request.INTERRUPT if number == signal.SIGINT else Request.PREEMPT
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

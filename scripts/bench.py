@@ -8,6 +8,7 @@ over `STEPS` steps. Run it on an idle machine: other work shows up as lost effic
 """
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -34,8 +35,9 @@ from pipetrain.partition.split import build_layer, take_stage
 from pipetrain.sim.balance import even
 from pipetrain.training.optim import build_optimizer, clip_gradients
 
-STEPS, ROUNDS = 5, 3
+STEPS, ROUNDS = 10, 3
 CPU = torch.device("cpu")
+TIMEOUT = datetime.timedelta(minutes=10)
 MICRO_BATCHES, EMULATED_MICRO_BATCHES = 16, 32
 FORWARD_S, BACKWARD_S, MESSAGE_FLOATS = 0.010, 0.020, 64 * 1024 // 4
 
@@ -93,7 +95,7 @@ def default_model() -> tuple[Recipe, Tensor, Tensor]:
 
 def pipeline_step(recipe: Recipe, inputs: Tensor, targets: Tensor) -> Callable[[], None]:
     """One training step of this process group's pipeline: recompute never, AdamW, global clip."""
-    transport = DistributedTransport(CPU)
+    transport = DistributedTransport(CPU, TIMEOUT)
     world, rank = transport.num_ranks, transport.rank
     layers = take_stage(recipe, even(len(recipe.layers), world), rank, seed=0, device=CPU)
     stage = Stage(rank, layers, device=CPU, seed=0, loss_sum=recipe.loss_sum if rank == world - 1 else None)
@@ -233,7 +235,7 @@ def _emulated_pipetrain(rank: int, world: int, inputs: Tensor, num_microbatches:
     )
     layers = take_stage(recipe, [1] * world, rank, seed=0, device=CPU)
     stage = Stage(rank, layers, device=CPU, seed=0, loss_sum=recipe.loss_sum if rank == world - 1 else None)
-    runtime = Runtime([stage], world, DistributedTransport(CPU), CPU)
+    runtime = Runtime([stage], world, DistributedTransport(CPU, TIMEOUT), CPU)
     program = runtime.prepare(schedule.build("gpipe", world, num_microbatches, recompute=False))
     optimizer = torch.optim.SGD(runtime.own_parameters.values(), lr=0.1)
     return lambda: (

@@ -13,7 +13,7 @@ from typing import Any
 TESTS = Path(__file__).parent
 # A model that trains a step in milliseconds.
 QUICK = [
-    "model=transformer/tiny",
+    "model=transformer_tiny",
     "data.seq_len=16",
     "log_every=1",
     "eval.every=0",

@@ -38,7 +38,7 @@ def microbatch_loss(
     for m, (inputs, targets) in enumerate(pieces):
         value = inputs
         for layer, module in zip(recipe.layers, model, strict=True):
-            torch.manual_seed(derive_seed(seed, step, layer.name, m, 0))
+            torch.manual_seed(derive_seed(seed, step, layer.name, m))
             value = module(value)
         loss = recipe.loss_sum((value,), (targets,))
         (loss / total).backward()

@@ -28,8 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"schedule", "errors", "seeds"},
     "training": BASE | {"config", "schedule", "sim", "models", "data", "partition", "engine"},
     "processes": set(),
+    "torchrun": {"errors"},
     "worker": {"training", "engine", "errors", "paths"},
-    "launch": {"processes", "training", "worker", "config", "rules", "data", "devices", "errors", "paths"},
+    "launch": {"processes", "torchrun", "training", "worker", "config", "rules", "data", "devices", "errors", "paths"},
 }
 # The front end: may use anything below it, launch only inside the function that starts a run.
 FRONT = {"cli", "__main__", "argv", "mistakes", "help", "sweep", "footprint"}

@@ -43,10 +43,10 @@ MISTAKES = [
         "'optimizer.betas' is a setting of optimizer=adamw and optimizer=adam",
     ),
     (["model=transformr"], "model=transformr: no such model. Did you mean 'transformer'? Choose one of: transformer, "),
-    (["model=transformer/tni"], "Did you mean 'transformer/tiny'?"),
+    (["model=transformer/tni"], "Did you mean 'transformer_tiny'?"),
     (["model="], "model=: no such model. Choose one of: "),
     (["model=null"], "model=null: no such model. Choose one of: "),
-    (["experiment=nope"], "experiment=nope: no such experiment. Choose one of: demo, scaling"),
+    (["experiment=nope"], "experiment=nope: no such experiment. Choose one of: deep, demo, scaling"),
     (["hydra/launcher=nope"], "Available options in 'hydra/launcher'"),
     (["micro_batches=four"], "micro_batches=four must be a whole number, or null"),
     (["steps=1.5"], "steps=1.5 must be a whole number"),
@@ -139,7 +139,7 @@ def test_defaults_reach_launch_as_dataclasses(launch: Launch, tmp_path: Path) ->
 
 def test_values_of_the_command_line(launch: Launch) -> None:
     words = [
-        "model=transformer/tiny",
+        "model=transformer_tiny",
         "devices=[0,1]",
         "balance=[3,1]",
         "logit_clip=5",
@@ -263,7 +263,7 @@ def test_decay_ends_at_the_last_step(rule: str, launch: Launch) -> None:
 
 def test_own_file(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(
-        "defaults: [config, override model: transformer/tiny, _self_]\nsteps: 9\nmodel:\n  layers: 4\n"
+        "defaults: [config, override model: transformer_tiny, _self_]\nsteps: 9\nmodel:\n  layers: 4\n"
     )
     assert cli.main(["my.yaml", "devices=3"]) == 0
     cfg = launch.cfg
@@ -341,7 +341,7 @@ def test_folder_of_a_run_is_never_overwritten(
 
 def test_resume_replays_the_run_in_its_folder(launch: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "it's a=run"
-    assert cli.main(["model=transformer/tiny", "devices=2", f"hydra.run.dir={argv.quoted(str(folder))}"]) == 0
+    assert cli.main(["model=transformer_tiny", "devices=2", f"hydra.run.dir={argv.quoted(str(folder))}"]) == 0
     for words in (["devices=3"], ["steps=600"]):
         assert cli.main([f"resume={folder}", *words]) == 0
         assert launch.folder == folder
@@ -457,7 +457,7 @@ def test_help_explains_every_key(launch: Launch, tmp_path: Path, capsys: pytest.
 
 
 def test_help_shows_the_values_of_its_command(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help", "model=transformer/tiny", "optimizer=sgd"]) == 0
+    assert cli.main(["--help", "model=transformer_tiny", "optimizer=sgd"]) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert rows["model.layers"][1] == "2"
     assert rows["optimizer.lr"][1] == "0.1"
@@ -469,7 +469,7 @@ def test_version(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_cfg_job(launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--cfg", "job", "model=transformer/tiny", "--resolve"]) == 0
+    assert cli.main(["--cfg", "job", "model=transformer_tiny", "--resolve"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["name"], shown["model"]["layers"]) == ("transformer", 2)
     assert list(tmp_path.iterdir()) == []

@@ -144,8 +144,8 @@ BAD = [
         "clip_threshold=0.5 must be at least 1",
     ),
     ({"optimizer": AdafactorConfig(name="adafactor", beta2_decay=0.5)}, "optimizer.beta2_decay=0.5 must be 0 or less"),
-    ({"steps": None}, "give either steps=... or epochs=..., neither was given"),
-    ({"epochs": 3}, "give either steps=... or epochs=..., got steps=10 and epochs=3; the other one is null"),
+    ({"steps": None}, "steps=null and epochs=null leave open how long to train; type steps=300 or epochs=1"),
+    ({"epochs": 3}, "steps=10 and epochs=3 are both set: type steps=null epochs=3, or epochs=null steps=10"),
 ]
 
 

@@ -66,12 +66,14 @@ def test_a_checkpoint_of_4_stages_resumed_on_2_equals_never_stopped(command: Com
     run = command.run_folder("runs/halves/*")
     done = command(f"resume={run.relative_to(command.folder)}", "steps=6", "devices=2")
     assert done.returncode == 0, done.stderr
+    assert "going on from step 3, with devices=2 (was 4), steps=6 (was 3)" in done.stdout
     whole = command.run_folder("runs/whole/*")
     assert_same(weights(run), weights(whole))
     assert numbers(run) == numbers(whole)
     again = command(f"resume={run}")
-    assert again.returncode == 0
-    assert "step 6 of 6 is reached already; add steps=..., for example steps=12, to go on" in again.stdout
+    assert again.returncode == 2
+    assert "the run has reached step 6 and steps=6 ends there or before; to go on: steps=12" in again.stderr
+    assert status(run)["state"] == "finished", "nothing was touched"
 
 
 def program(name: str) -> str:
@@ -162,6 +164,28 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     assert err == ""
     wait_until(lambda: not any(map(alive, pids)), timeout_s=5)
+
+
+def test_a_signal_to_the_whole_group_saves_too(command: Command) -> None:
+    """What `timeout`, schedulers and containers do."""
+    process = command.start(*FOREVER, "devices=2", start_new_session=True)
+    run = wait_for_steps(command)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "preempted, saved at step" in out
+    assert status(run)["exit_code"] == 75
+
+
+@pytest.mark.parametrize("delay_s", [0.3, 0.8, 1.5, 2.2])
+def test_ctrl_c_while_starting_is_quiet(command: Command, delay_s: float) -> None:
+    process = command.start(*FOREVER, "devices=2", start_new_session=True)
+    time.sleep(delay_s)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err, err
+    assert len(err.splitlines()) <= 1
 
 
 def test_a_second_ctrl_c_stops_at_once(command: Command) -> None:

@@ -118,13 +118,13 @@ def finished_run(tmp_path: Path) -> Config:
 def test_a_resumed_run_stays_the_run_it_was(tmp_path: Path, change: dict[str, Any], text: str) -> None:
     cfg = finished_run(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        prepare(dataclasses.replace(cfg, **change), RunPaths(tmp_path / "run"))
+        prepare(dataclasses.replace(cfg, **change), RunPaths(tmp_path / "run"), 0)
     assert text in str(caught.value)
 
 
 def test_devices_balance_and_steps_may_change_on_resume(tmp_path: Path) -> None:
     cfg = dataclasses.replace(finished_run(tmp_path), devices=2, balance=[1, 3], steps=9, recompute="never")
-    job = prepare(cfg, RunPaths(tmp_path / "run"))
+    job = prepare(cfg, RunPaths(tmp_path / "run"), 0)
     assert job.checkpoint == tmp_path / "run" / "checkpoints" / "step_00000002"
 
 
@@ -132,7 +132,7 @@ def test_a_changed_text_is_found_on_resume(tmp_path: Path) -> None:
     cfg = finished_run(tmp_path)
     (tmp_path / "text.txt").write_text("another text altogether, long enough to be read as one. " * 40)
     with pytest.raises(ConfigError, match=r"is not the one that .* was trained on; put the old text back, or"):
-        prepare(cfg, RunPaths(tmp_path / "run"))
+        prepare(cfg, RunPaths(tmp_path / "run"), 0)
 
 
 def test_resume_without_a_usable_checkpoint_is_exit_3_and_says_why(tmp_path: Path) -> None:
@@ -140,6 +140,6 @@ def test_resume_without_a_usable_checkpoint_is_exit_3_and_says_why(tmp_path: Pat
     manifest = tmp_path / "run" / "checkpoints" / "step_00000002" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 7}))
     with pytest.raises(CheckpointError, match=r"step_00000002: format 7, but this version reads format 1") as caught:
-        prepare(cfg, RunPaths(tmp_path / "run"))
+        prepare(cfg, RunPaths(tmp_path / "run"), 0)
     assert isinstance(caught.value, PipetrainError)
     assert caught.value.exit_code == 3

@@ -77,7 +77,9 @@ class LocalTransport:
 
     def send(self, tensors: tuple[Tensor, ...], to_rank: int, tag: int, kind: str = "tensors") -> _Delivered:
         address = (kind, self.rank, to_rank, tag)
-        self._network.mail.setdefault(address, []).append(tuple(t.detach().clone() for t in tensors))
+        self._network.mail.setdefault(address, []).append(
+            tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+        )
         self._network.changed()
         return _Delivered()
 

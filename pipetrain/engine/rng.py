@@ -15,9 +15,8 @@ from pipetrain.seeds import derive_seed
 class LayerRandomness:
     """Seeds the generator that the layers of one device draw from."""
 
-    def __init__(self, device: torch.device, seed: int, replica: int = 0) -> None:
+    def __init__(self, device: torch.device, seed: int) -> None:
         self._seed = seed
-        self._replica = replica
         # torch.manual_seed reseeds every device and takes 0.7 ms; one generator takes a microsecond.
         self._generator: torch.Generator = (
             torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
@@ -25,7 +24,7 @@ class LayerRandomness:
 
     def before(self, layer: str, step: int, microbatch: int) -> None:
         """Makes the next draws those of this layer, step and micro-batch."""
-        self._generator.manual_seed(derive_seed(self._seed, step, layer, microbatch, self._replica))
+        self._generator.manual_seed(derive_seed(self._seed, step, layer, microbatch))
 
     @contextmanager
     def preserved(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from pipetrain.engine.report import Reporter, StepReport
 from pipetrain.engine.signature import Signature, decode, encode, key_of, signature_of
 from pipetrain.engine.stage import Stage
 from pipetrain.engine.tied import Tie, followers, share_memory, sum_gradients
-from pipetrain.engine.transport import Posted, Sent, Transport
+from pipetrain.engine.transport import TENSORS_PER_MESSAGE, Posted, Sent, Transport
 from pipetrain.errors import StageFailed
 from pipetrain.schedule import Action, Kind, Schedule, Span
 
@@ -276,8 +276,10 @@ class Runtime:
         if (s, key) not in self._told:
             self._told.add((s, key))
             text = encode(signature)
-            if len(text) > _SIGNATURE_BYTES:
-                raise RuntimeError(f"stage {s} sends {len(tensors)} tensors at once: too many to describe")
+            if len(tensors) > TENSORS_PER_MESSAGE or len(text) > _SIGNATURE_BYTES:
+                raise RuntimeError(
+                    f"stage {s} sends {len(tensors)} tensors at once, at most {TENSORS_PER_MESSAGE} are possible"
+                )
             data = torch.nn.functional.pad(text, (0, _SIGNATURE_BYTES - len(text)), value=ord(" "))
             self._told_now.append(self.transport.tell(data, to_rank, _SIGNATURE_TAG + s))
         self._sent[action.kind, s, m] = self.transport.send(tensors, to_rank, self._tag(s + 1, m, backward=False))

@@ -7,6 +7,9 @@ for: one order of messages on all ranks (the schedule has it), and point-to-poin
 own group).
 """
 
+import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +18,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipetrain.engine.signature import Signature
+
+TENSORS_PER_MESSAGE = 64  # at most; the tensors of one message take neighbouring tags
+
+
+class PeerLost(RuntimeError):
+    """Another rank is gone, or cannot be reached: this rank is a victim, not the cause."""
+
+
+@contextmanager
+def _peers_may_be_lost() -> Iterator[None]:
+    """Tells what the network raises from what the model or the engine raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"the connection to another rank is gone: {error}") from error
 
 
 class Sent(Protocol):
@@ -61,8 +79,9 @@ class _Works:
     tensors: tuple[Tensor, ...] = ()
 
     def wait(self) -> tuple[Tensor, ...]:
-        for work in self.works:
-            work.wait()
+        with _peers_may_be_lost():
+            for work in self.works:
+                work.wait()
         return self.tensors
 
 
@@ -75,39 +94,44 @@ class _SentWorks(_Works):
 class DistributedTransport:
     """The default process group for collectives and small messages (CPU), and a group of its own for tensors."""
 
-    # Tensors of one message take neighbouring tags.
-    _TENSORS_PER_MESSAGE = 64
-
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, timeout: datetime.timedelta) -> None:
         self.rank = dist.get_rank()
         self.num_ranks = dist.get_world_size()
         self._device = device
-        self._group = dist.new_group(backend="nccl", device_id=device) if device.type == "cuda" else dist.new_group()
+        if device.type == "cuda":
+            self._group = dist.new_group(backend="nccl", device_id=device, timeout=timeout)
+        else:
+            self._group = dist.new_group(timeout=timeout)
 
     def send(self, tensors: tuple[Tensor, ...], to_rank: int, tag: int) -> Sent:
-        works = [
-            dist.isend(tensor, to_rank, group=self._group, tag=tag * self._TENSORS_PER_MESSAGE + slot)
-            for slot, tensor in enumerate(tensors)
-        ]
+        with _peers_may_be_lost():
+            works = [
+                dist.isend(tensor, to_rank, group=self._group, tag=tag * TENSORS_PER_MESSAGE + slot)
+                for slot, tensor in enumerate(tensors)
+            ]
         return _SentWorks([work for work in works if work is not None], tensors)
 
     def post(self, signature: Signature, from_rank: int, tag: int) -> Posted:
         buffers = tuple(spec.empty(self._device) for spec in signature)
-        works = [
-            dist.irecv(buffer, from_rank, group=self._group, tag=tag * self._TENSORS_PER_MESSAGE + slot)
-            for slot, buffer in enumerate(buffers)
-        ]
+        with _peers_may_be_lost():
+            works = [
+                dist.irecv(buffer, from_rank, group=self._group, tag=tag * TENSORS_PER_MESSAGE + slot)
+                for slot, buffer in enumerate(buffers)
+            ]
         return _Works([work for work in works if work is not None], buffers)
 
     def tell(self, data: Tensor, to_rank: int, tag: int) -> Sent:
-        work = dist.isend(data, to_rank, tag=tag)
+        with _peers_may_be_lost():
+            work = dist.isend(data, to_rank, tag=tag)
         return _SentWorks([work] if work is not None else [], (data,))
 
     def hear(self, like: Tensor, from_rank: int, tag: int) -> Tensor:
-        dist.recv(like, from_rank, tag=tag)
+        with _peers_may_be_lost():
+            dist.recv(like, from_rank, tag=tag)
         return like
 
     def all_reduce(self, vector: Tensor) -> Tensor:
         if self.num_ranks > 1:
-            dist.all_reduce(vector)
+            with _peers_may_be_lost():
+                dist.all_reduce(vector)
         return vector

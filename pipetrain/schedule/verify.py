@@ -21,6 +21,9 @@ _PARTNER = {
 }
 
 
+_PRODUCER = {Kind.SEND_FORWARD: Kind.FORWARD, Kind.SEND_BACKWARD: Kind.BACKWARD}
+
+
 def verify(schedule: Schedule) -> Schedule:
     """Returns the schedule unchanged if it is sound.
 
@@ -102,6 +105,9 @@ def _check_pairs(schedule: Schedule) -> None:
     for action in schedule:
         if action.kind in _PARTNER and _partner(action) not in everything:
             raise _fail(schedule, f"{action} has no partner {_partner(action)}", action)
+        for receive in _receives_for(schedule, action):
+            if receive not in everything:
+                raise _fail(schedule, f"{action} needs {receive}, which is missing", action)
 
 
 def _partner(action: Action) -> Action:
@@ -109,10 +115,13 @@ def _partner(action: Action) -> Action:
     return Action(kind, action.stage + offset, action.microbatch, action.step)
 
 
+def _producer(send: Action) -> Action:
+    return Action(_PRODUCER[send.kind], send.stage, send.microbatch, send.step)
+
+
 def _check_progress(schedule: Schedule) -> None:
     """Runs the lists with blocking messages: the strictest reading, which every transport is at least as free as."""
     everything = set(schedule)
-    has_messages = any(action.kind in MESSAGES for action in schedule)
     done: set[Action] = set()
     position = [0] * schedule.num_ranks
 
@@ -123,11 +132,10 @@ def _check_progress(schedule: Schedule) -> None:
     def can_run(action: Action) -> bool:
         if action.kind in MESSAGES:
             partner = _partner(action)
-            return partner in done or head(schedule.placement[partner.stage]) == partner
+            produced = action.kind not in _PRODUCER or _producer(action) in done
+            return produced and (partner in done or head(schedule.placement[partner.stage]) == partner)
         wanted = needs(schedule, action, everything.__contains__)
-        return all(a in done for a in wanted) and (
-            not has_messages or all(a in done for a in _receives_for(schedule, action))
-        )
+        return all(a in done for a in (*wanted, *_receives_for(schedule, action)))
 
     progress = True
     while progress:

@@ -28,6 +28,7 @@ from pipetrain.engine.transport import Transport
 from pipetrain.errors import CheckpointError
 
 FORMAT = 1
+_REASON_BYTES = 400
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -86,7 +87,7 @@ def save(
             shutil.rmtree(final)
         os.rename(aside, final)
         _sync_folder(folder)
-        _remove_old(folder, keep)
+        _remove_old(folder, step, keep)
 
     _together(transport, aside, lambda: commit() if first else None)
 
@@ -98,20 +99,36 @@ def _together(transport: Transport, aside: Path, work: Callable[[], None]) -> No
         work()
     except Exception as error:  # safetensors has an exception of its own for a failed write
         failure = error
-    failed = transport.all_reduce(torch.tensor([0.0 if failure is None else 1.0]))
-    if not failed[0]:
+    reason = _first_reason(transport, failure)
+    if not reason:
         return
     if transport.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
-    kept = newest(aside.parent)
-    remains = f"the checkpoint of step {kept[0]} is intact" if kept else "there was no earlier checkpoint"
+    try:
+        remains = f"the checkpoint of step {read_manifest(find_usable(aside.parent)[0]).step} is intact"
+    except CheckpointError:
+        remains = "there was no earlier checkpoint"
     free = shutil.disk_usage(aside.parent).free
-    reason = failure or "another rank could not write"
     raise CheckpointError(
         f"cannot write a checkpoint to {aside.parent}: {reason} ({free / 2**20:.0f} MiB free there); {remains}. "
         "Make room and go on with resume="
         f"{aside.parent.parent}"
     )
+
+
+def _first_reason(transport: Transport, failure: Exception | None) -> str:
+    """Why the first failing rank failed, on every rank; empty if none did."""
+    failed = torch.zeros(transport.num_ranks, dtype=torch.int64)
+    failed[transport.rank] = failure is not None
+    failed = transport.all_reduce(failed)
+    if not failed.any():
+        return ""
+    letters = torch.zeros(_REASON_BYTES, dtype=torch.int64)
+    if transport.rank == int(failed.nonzero()[0]):
+        text = f"{failure}".encode()[:_REASON_BYTES]
+        letters[: len(text)] = torch.tensor(list(text))
+    letters = transport.all_reduce(letters)
+    return bytes(letters[letters > 0].tolist()).decode(errors="replace")
 
 
 def _make_empty(folder: Path) -> None:
@@ -146,8 +163,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    """Keeps the newest `keep` and the one with the lowest validation loss."""
+def _remove_old(folder: Path, written: int, keep: int) -> None:
+    """Keeps the newest `keep` up to the one just written, and the one with the lowest validation loss.
+
+    Later ones are leftovers: the run was resumed from an earlier one because they were damaged.
+    """
+    for step in _steps(folder):
+        if step > written:
+            shutil.rmtree(folder / f"step_{step:08d}", ignore_errors=True)
     steps = sorted(_steps(folder))
     losses = {step: loss for step in steps if (loss := _loss_val(folder, step)) is not None}
     best = {min(losses, key=lambda step: losses[step])} if losses else set()

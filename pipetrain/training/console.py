@@ -1,11 +1,13 @@
 """What a run shows on the terminal: a progress bar, or plain lines where the output is no terminal."""
 
+import logging
 import time
 from collections.abc import Mapping
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_log = logging.getLogger(__name__)
 _SHOWN = ("loss/train", "loss/val", "lr", "grad/norm", "speed/tokens_per_s", "val/bits_per_character", "val/perplexity")
 
 
@@ -38,11 +40,14 @@ class Console:
         """Prints the values that people watch, and on plain output how long it will take."""
         shown = "  ".join(f"{name} {_short(values[name])}" for name in _SHOWN if name in values)
         eta = "" if self._bar is not None or "loss/train" not in values else f"  ETA {self._eta(step)}"
-        self._out.print(f"step {step}/{self._last}  {shown}{eta}")
+        text = f"step {step}/{self._last}  {shown}"
+        self._out.print(text + eta)
+        _log.info(text)
 
     def say(self, text: str) -> None:
         """Prints a line that is no metric."""
         self._out.print(text, markup=False)
+        _log.info(text)
 
     def close(self) -> None:
         """Gives the terminal back."""

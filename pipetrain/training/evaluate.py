@@ -20,39 +20,56 @@ class Evaluator:
         num_stages: int,
         num_microbatches: int,
         count: Callable[[Tensors], int],
-        characters_per_token: float,
     ) -> None:
         """
         Args:
             count: targets -> tokens that count.
-            characters_per_token: turns nats per token into bits per character (UTF-8 bytes).
         """
         self._runtime = runtime
         self._num_stages = num_stages
         self._num_microbatches = num_microbatches
         self._count = count
-        self._characters_per_token = characters_per_token
         self._programs: dict[int, Program] = {}
 
-    def run(self, data: TextBatches, max_batches: int | None) -> dict[str, float]:
-        """Mean loss over all tokens of the split; the same numbers on every rank."""
-        runtime, last = self._runtime, self._num_stages - 1
+    def run(
+        self,
+        data: TextBatches,
+        max_batches: int | None,
+        *,
+        characters_per_token: float,
+        request: Callable[[], float],
+    ) -> tuple[dict[str, float], float]:
+        """Mean loss over all tokens of the split; the same numbers on every rank.
+
+        Args:
+            characters_per_token: turns nats per token into bits per character (UTF-8 bytes).
+            request: what this rank is asked for by signals; if any rank is, the evaluation is given up.
+
+        Returns:
+            The metrics (none if given up), and the sum of the requests.
+        """
+        last = self._num_stages - 1
+        first_or_last = 0 in self._runtime.stages or last in self._runtime.stages
         loss_sum, count = 0.0, 0
         for index in range(min(data.num_batches, max_batches or data.num_batches)):
+            if requests := self._sum(request()):
+                return {}, requests
             program = self._program(min(self._num_microbatches, data.rows(index)))
             inputs = targets = None
-            if 0 in runtime.stages or last in runtime.stages:
-                inputs, targets = ((tensor,) for tensor in data.batch(index))
-            loss_sum += runtime.evaluate_step(program, inputs, targets)
-            if last in runtime.stages and targets is not None:
+            if first_or_last:
+                inputs, targets = ((tensor.to(self._runtime.device),) for tensor in data.batch(index))
+            loss_sum += self._runtime.evaluate_step(program, inputs, targets)
+            if last in self._runtime.stages and targets is not None:
                 count += self._count(targets)
-        totals = runtime.transport.all_reduce(torch.tensor([loss_sum, count], dtype=torch.float64))
-        mean = float(totals[0] / totals[1])
+        mean = self._sum(loss_sum) / self._sum(count)
         return {
             "loss/val": mean,
             "val/perplexity": math.exp(min(mean, 700.0)),
-            "val/bits_per_character": mean / math.log(2) / self._characters_per_token,
-        }
+            "val/bits_per_character": mean / math.log(2) / characters_per_token,
+        }, 0.0
+
+    def _sum(self, value: float) -> float:
+        return float(self._runtime.transport.all_reduce(torch.tensor([value], dtype=torch.float64))[0])
 
     def _program(self, num_microbatches: int) -> Program:
         """Every rank meets the sizes in the same order, so they agree on each schedule once, together."""

@@ -54,8 +54,9 @@ def train(job: Job, transport: Transport, device: torch.device, signals: Signals
     except PipetrainError:
         raise
     except Exception as error:
-        rank, at, step = transport.rank, trainer.runtime.current or "the end of the step", trainer.step + 1
-        raise StageFailed(f"stage {rank} (rank {rank}) failed at {at}, step {step}{memory_advice(error)}") from error
+        rank, action, step = transport.rank, trainer.runtime.current, trainer.step + 1
+        where = f"failed at {action}, step {step}" if action is not None else f"failed around step {step}"
+        raise StageFailed(f"stage {rank} (rank {rank}) {where}{memory_advice(error)}") from error
     finally:
         trainer.close()
 
@@ -69,6 +70,7 @@ class Trainer:
         self.job, self.transport, self.signals = job, transport, signals
         self.step = 0
         self._loss_val: float | None = None
+        self._requests = 0.0
         self._finite = True
 
         recipe = self.recipe = build_recipe(cfg, job.tokens.vocab_size)
@@ -85,14 +87,8 @@ class Trainer:
         if job.checkpoint is not None:
             reader = checkpoint.Reader(job.checkpoint)
             state.restore(reader, self.runtime, self.optimizer, self.ties)
-            self.step, self._loss_val = reader.manifest.step, reader.manifest.loss_val
-        self.evaluator = Evaluator(
-            self.runtime,
-            len(balance),
-            num_microbatches(cfg),
-            recipe.count,
-            job.tokens.num_bytes["train"] / job.tokens.num_tokens["train"],
-        )
+            self.step = reader.manifest.step
+        self.evaluator = Evaluator(self.runtime, len(balance), num_microbatches(cfg), recipe.count)
         plan = make_plan(self.schedule, job.devices, recipe, balance, self._count_parameters(), cfg.recompute)
         # The first rank is the one that writes.
         self.console: Console | None = None
@@ -110,21 +106,18 @@ class Trainer:
     def run(self) -> Exit:
         """Goes on from the current step to the last one."""
         self._write_status("running", None)
-        if self.step >= self.last_step and self.console is not None:
-            self.console.say(
-                f"step {self.step} of {self.last_step} is reached already; add steps=..., for example "
-                f"steps={2 * self.step}, to go on"
-            )
         while self.step < self.last_step:
             report, step_s = self._train_one_step()
             self.step += 1
             last = self.step == self.last_step
             self._log(report, step_s, last)
-            self._loss_val = None
-            if self._due(self.cfg.eval.every) or (last and self.cfg.eval.every):
+            save = last or self._due(self.cfg.checkpoint.every)
+            self._requests, self._loss_val = report.requests, None
+            # A checkpoint is compared by its validation loss; a signal does not wait for one.
+            if self.cfg.eval.every and not self._requests and (save or self._due(self.cfg.eval.every)):
                 self._evaluate()
-            stop = self._exit_asked_for(report)
-            if self._due(self.cfg.checkpoint.every) or last or stop is not None:
+            stop = self._exit_asked_for()
+            if save or stop is not None:
                 self._save()
             if stop is not None:
                 self._write_status(status.STATE_OF_EXIT[stop], stop)
@@ -157,8 +150,9 @@ class Trainer:
         if self.transport.rank not in (0, len(self.balance) - 1):
             return None, None
         inputs, targets = self.data.batch(self.step)
-        device = self.runtime.device
-        return (inputs.to(device),), (targets.to(device),)
+        device, stages = self.runtime.device, self.runtime.stages
+        last = len(self.balance) - 1
+        return (inputs.to(device),) if 0 in stages else None, (targets.to(device),) if last in stages else None
 
     def _update(self, report: StepReport) -> None:
         """Called by the runtime once the gradients of all stages are there."""
@@ -190,10 +184,11 @@ class Trainer:
             + f"or a smaller grad_clip (now {self.cfg.grad_clip})"
         )
 
-    def _exit_asked_for(self, report: StepReport) -> Exit | None:
-        if report.requests == 0:
+    def _exit_asked_for(self) -> Exit | None:
+        """What the signals of all ranks together ask for; the same on every rank."""
+        if self._requests == 0:
             return None
-        return Exit.INTERRUPTED if report.requests >= Request.INTERRUPT else Exit.PREEMPTED
+        return Exit.INTERRUPTED if self._requests >= Request.INTERRUPT else Exit.PREEMPTED
 
     # ---- what is written -------------------------------------------------------------------------------------
 
@@ -216,9 +211,15 @@ class Trainer:
 
     def _evaluate(self) -> None:
         valid = open_data(self.cfg, self.job.tokens, "valid", "once")
-        values = self.evaluator.run(valid, self.cfg.eval.batches)
-        self._loss_val = values["loss/val"]
-        if self.metrics is not None:
+        tokens = self.job.tokens
+        values, self._requests = self.evaluator.run(
+            valid,
+            self.cfg.eval.batches,
+            characters_per_token=tokens.num_bytes["valid"] / tokens.num_tokens["valid"],
+            request=lambda: float(self.signals.request),
+        )
+        self._loss_val = values.get("loss/val")
+        if self.metrics is not None and values:
             self.metrics.log(self.step, values)
 
     def _save(self) -> None:

@@ -4,6 +4,7 @@ One process writes: the first rank. Every rank knows the loss, so the last stage
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -113,5 +114,7 @@ def _open_behind(path: Path, first_step: int) -> TextIO:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):  # a line that a killed run left half written
                 continue
-    path.write_text("".join(kept))
+    aside = path.with_suffix(".writing")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
     return path.open("a")

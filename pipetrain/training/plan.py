@@ -51,8 +51,10 @@ class Plan:
         total = sum(stage.parameters for stage in self.stages)
         lines.append(
             f"{total:,} parameters, schedule {self.schedule}, {self.num_microbatches} micro-batches, "
-            f"recompute {self.recompute}; with equal stages {self.bubble_fraction:.1%} of the time would be bubble"
+            f"recompute {self.recompute}"
         )
+        if len(self.stages) > 1:
+            lines.append(f"with equal stages each would wait {self.bubble_fraction:.1%} of the time (the bubble)")
         return lines
 
 
@@ -81,6 +83,8 @@ def make_plan(
 
 
 def drawn(schedule: Schedule) -> list[str]:
-    """The lines of the schedule's grid, where it fits a terminal."""
+    """The lines of the schedule's grid, where it fits a terminal and there is something to see."""
     lines = grid(schedule).splitlines()
-    return lines if max(map(len, lines)) <= _WIDEST_GRID else []
+    if schedule.num_stages == 1 or max(map(len, lines)) > _WIDEST_GRID:
+        return []
+    return [*lines, "F forward, R recompute, B backward, . waiting; a column is the time of a forward"]

@@ -1,15 +1,20 @@
 """The Transformer: parameter counts of the papers, and what each part computes."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
+from pipetrain.config import TransformerConfig
 from pipetrain.models import Recipe, build
 from pipetrain.models.transformer import Embedding, Head, clip_logits, cross_entropy_sum, depth_scale, sinusoids
 from pipetrain.partition.split import build_layer
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -25,7 +30,16 @@ def recipe(**changes: Any) -> Recipe:
         "vocab_size": 11,
         "seq_len": 8,
     }
-    return build("transformer", **(settings | changes))
+    settings |= changes
+    settings.pop("name", None)
+    return build("transformer", **settings)
+
+
+def from_file(name: str, **changes: Any) -> Recipe:
+    """The recipe of a size in conf/model/transformer_*."""
+    content = yaml.safe_load((CONF / f"transformer_{name}.yaml").read_text())
+    sizes = {key: value for key, value in content.items() if key != "defaults"}
+    return recipe(**(vars(TransformerConfig()) | sizes | changes))
 
 
 def count_on_meta(model: Recipe) -> int:
@@ -45,9 +59,7 @@ def count_on_meta(model: Recipe) -> int:
 )
 def test_parameters_of_gpipes_transformer_l(layers: int, published: float) -> None:
     """Huang et al. 2019, Table 1, to the digits printed there."""
-    model = recipe(
-        layers=layers, d_model=2048, d_ff=8192, heads=32, positions="sinusoidal", vocab_size=32_000, seq_len=1024
-    )
+    model = from_file("gpipe", layers=layers, vocab_size=32_000, seq_len=1024)
     count = count_on_meta(model)
     d, f, v = 2048, 8192, 32_000
     assert count == layers * (4 * d * d + 4 * d + 2 * d * f + f + d + 4 * d) + 2 * v * d + v + 2 * d
@@ -57,7 +69,7 @@ def test_parameters_of_gpipes_transformer_l(layers: int, published: float) -> No
 
 def test_parameters_of_ouroboros_vanilla_transformer() -> None:
     """12 layers, d 512, feed-forward 2048, bytes, tied: about 37.9 M."""
-    model = recipe(layers=12, d_model=512, d_ff=2048, heads=8, tied=True, positions="sinusoidal", vocab_size=256)
+    model = from_file("12x512", vocab_size=256, seq_len=512)
     assert count_on_meta(model) == pytest.approx(37.9e6, rel=0.003)
 
 

@@ -30,6 +30,11 @@ def swap(rank: int, x: str, y: str) -> Callable[[Rows], None]:
     return change
 
 
+def remove_messages_of_micro_batch_1(rows: Rows) -> None:
+    for row in rows:
+        row[:] = [action for action in row if "_" not in str(action) or action.microbatch != 1]
+
+
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
@@ -45,6 +50,9 @@ def swap(rank: int, x: str, y: str) -> Callable[[Rows], None]:
         (lambda rows: rows[1].remove(a("1RECV_F1")), "0SEND_F1 has no partner 1RECV_F1"),
         (lambda rows: rows[2].remove(a("2SEND_B0")), "1RECV_B0 has no partner 2SEND_B0"),
         (swap(0, "0SEND_F0", "0SEND_F1"), "deadlock"),
+        (swap(0, "0SEND_F0", "0F0"), "deadlock"),
+        (swap(1, "1SEND_B0", "1B0"), "deadlock"),
+        (remove_messages_of_micro_batch_1, "0B1 needs 0RECV_B1, which is missing"),
         (swap(1, "1RECV_F0", "1SEND_F2"), "deadlock"),
         (
             swap(2, "2RECV_F1", "2F1"),

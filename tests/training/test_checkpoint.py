@@ -61,6 +61,16 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000002", "step_00000004", "step_00000005"]
 
 
+def test_a_damaged_later_checkpoint_never_costs_the_good_one(tmp_path: Path) -> None:
+    save(tmp_path, 50, keep=1)
+    save(tmp_path, 100, keep=9)
+    (tmp_path / "step_00000100" / "stage_0.safetensors").unlink()
+    assert checkpoint.find_usable(tmp_path)[0].name == "step_00000050"
+    save(tmp_path, 60, keep=1)
+    assert names(tmp_path) == ["step_00000060"]
+    checkpoint.verify(tmp_path / "step_00000060")
+
+
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = tmp_path / "step_00000001"
@@ -137,7 +147,7 @@ def test_a_full_disk_on_one_rank_stops_all(tmp_path: Path, monkeypatch: pytest.M
         write(folder, rank, tensors)
 
     monkeypatch.setattr(checkpoint, "_write_stage", full)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="No space left on device"):  # on whichever rank
         save(tmp_path, 1)
     assert names(tmp_path) == []
 

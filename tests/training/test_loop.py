@@ -134,6 +134,39 @@ def test_a_signal_on_any_rank_saves_all_at_the_same_step(
     assert_same(saved(tmp_path, "run", 6), saved(tmp_path, "whole", 6))
 
 
+def test_a_signal_during_an_evaluation_gives_it_up_and_saves(tmp_path: Path) -> None:
+    class InTheEvaluation(Signals):
+        asked = 0
+
+        @property
+        def request(self) -> Request:  # type: ignore[override]
+            self.asked += 1
+            return Request.PREEMPT if self.asked > 4 else Request.NOTHING
+
+        @request.setter
+        def request(self, value: Request) -> None:
+            pass
+
+    cfg = settings(steps=50, eval=EvalConfig(every=3), checkpoint=CheckpointConfig())
+    assert run(tmp_path, "run", 2, cfg, signals=lambda rank: InTheEvaluation()) is Exit.PREEMPTED
+    assert [row for row in metrics(tmp_path, "run") if "loss/val" in row] == []
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 3
+
+
+@pytest.mark.parametrize("order", ["shuffled", "contiguous"])
+def test_resume_goes_on_in_the_data_across_epochs(tmp_path: Path, order: str) -> None:
+    from pipetrain.config import LrRuleConfig, TextConfig
+
+    def cfg(steps: int) -> Any:
+        rule = LrRuleConfig(name="cosine", warmup_steps=2, decay_steps=70)
+        return settings(steps=steps, data=TextConfig(seq_len=8, order=order), lr_rule=rule, eval=EvalConfig())
+
+    run(tmp_path, "whole", 1, cfg(75))
+    run(tmp_path, "parts", 2, cfg(70))
+    run(tmp_path, "parts", 3, cfg(75), resume=True)
+    assert_same(saved(tmp_path, "parts", 75), saved(tmp_path, "whole", 75))
+
+
 def test_nan_stops_the_run_names_the_layer_and_keeps_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
