@@ -43,7 +43,7 @@ MISTAKES = [
         "'optimizer.betas' is a setting of optimizer=adamw and optimizer=adam",
     ),
     (["model=transformr"], "model=transformr: no such model. Did you mean 'transformer'? Choose one of: transformer, "),
-    (["model=transformer/tni"], "Did you mean 'transformer_tiny'?"),
+    (["model=transformer_tni"], "Did you mean 'transformer_tiny'?"),
     (["model="], "model=: no such model. Choose one of: "),
     (["model=null"], "model=null: no such model. Choose one of: "),
     (["experiment=nope"], "experiment=nope: no such experiment. Choose one of: deep, demo, scaling"),

@@ -45,8 +45,9 @@ def train(job: Job, transport: Transport, device: torch.device, signals: Signals
     """Trains this rank's stage until the last step, or until a signal asks to stop.
 
     Raises:
-        NonFiniteError: if the loss or a gradient became NaN or infinite. Weights and checkpoints are as before that
-        step. CheckpointError: if a checkpoint could not be written or read.
+        NonFiniteError: if the loss or a gradient became NaN or infinite; that step updates nothing and saves nothing.
+        CheckpointError: if a checkpoint could not be written or read.
+        StageFailed: for everything else, with the action and the step.
     """
     trainer = Trainer(job, transport, device, signals)
     try:
