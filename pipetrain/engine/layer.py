@@ -10,9 +10,6 @@ border is also one between two stages, and that is why the numbers do not depend
 (Contiguous, because the same sum over other strides can give other bits.)
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -70,13 +67,3 @@ def _outputs_of(returned: object) -> Tensors:
         if not isinstance(out, Tensor):
             raise TypeError(f"a layer must return a tensor or a tuple of tensors (got {type(out).__name__})")
     return tuple(out.contiguous() for out in outputs)
-
-
-@contextmanager
-def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Mixed precision for one action. Its weight cache is off: it would outlive an update of the weights."""
-    if dtype is None:
-        yield
-    else:
-        with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
-            yield

@@ -17,7 +17,7 @@ from pipetrain.engine.clock import clock_for
 from pipetrain.engine.layer import Tensors
 from pipetrain.engine.microbatch import split
 from pipetrain.engine.report import Reporter, StepReport
-from pipetrain.engine.signature import Signature, decode, encode, key_of, signature_of
+from pipetrain.engine.signature import Signature, decode, encode, key_of
 from pipetrain.engine.stage import Stage
 from pipetrain.engine.tied import Tie, followers, share_memory, sum_gradients
 from pipetrain.engine.transport import TENSORS_PER_MESSAGE, Posted, Sent, Transport
@@ -185,9 +185,10 @@ class Runtime:
         self._keys = self._agree_on_keys(training)
 
     def _run(self, program: Program) -> None:
-        for action in program.actions:
-            self.current = action
-            self._do[action.kind](action)
+        with next(iter(self.stages.values())).random.preserved():
+            for action in program.actions:
+                self.current = action
+                self._do[action.kind](action)
         for message in (*self._sent.values(), *self._told_now):
             message.wait()
         self.current = None
@@ -268,7 +269,7 @@ class Runtime:
         s, m = action.stage, action.microbatch
         key, to_rank = self._keys[m], self._program.placement[s + 1]
         tensors, signature = self._outputs.pop((s, m)), self.stages[s].signature(key)
-        if signature_of(tensors, tuple(spec.needs_grad for spec in signature)) != signature:
+        if any(t.shape != spec.shape or t.dtype != spec.dtype for t, spec in zip(tensors, signature, strict=True)):
             raise RuntimeError(
                 f"the output of stage {s} is {[tuple(t.shape) for t in tensors]}, but it was "
                 f"{[spec.shape for spec in signature]} for the same input shapes before: a shape must follow from them"

@@ -1,12 +1,14 @@
 """One stage: its layers, and what it keeps of the micro-batches in flight."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from pipetrain.engine.layer import Layer, LayerGraph, Tensors, autocast
+from pipetrain.engine.layer import Layer, LayerGraph, Tensors
 from pipetrain.engine.rng import LayerRandomness
 from pipetrain.engine.signature import Signature, gradients_of, signature_of
 
@@ -61,9 +63,13 @@ class Stage:
         self.index = index
         self.layers = [Layer(name, module) for name, module in layers]
         self.step = 0
-        self._device = device
-        self._random = LayerRandomness(device, seed)
-        self._autocast_dtype = autocast_dtype
+        self.random = LayerRandomness(device, seed)
+        # One context for each action. Its weight cache is off: it would outlive an update of the weights.
+        self._autocast: Callable[[], AbstractContextManager[object]] = (
+            nullcontext
+            if autocast_dtype is None
+            else partial(torch.autocast, device.type, dtype=autocast_dtype, cache_enabled=False)
+        )
         self._loss = _Loss(loss_sum) if loss_sum is not None else None
         self._in_flight: dict[int, _InFlight] = {}
         self._signatures: dict[int, Signature] = {}
@@ -181,9 +187,9 @@ class Stage:
         if self._loss is not None:
             self._loss.targets = state.targets
             layers = [*layers, Layer("loss", self._loss)]
-        with self._random.preserved(), autocast(self._device, self._autocast_dtype):
+        with self._autocast():
             for place, layer in enumerate(layers):
-                self._random.before(layer.name, self.step, microbatch)
+                self.random.before(layer.name, self.step, microbatch)
                 if with_graph:
                     values, graph = layer.forward_with_graph(values, needs_grad)
                     needs_grad = graph.needs_grad

@@ -8,8 +8,6 @@ own group).
 """
 
 import datetime
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,13 +24,18 @@ class PeerLost(RuntimeError):
     """Another rank is gone, or cannot be reached: this rank is a victim, not the cause."""
 
 
-@contextmanager
-def _peers_may_be_lost() -> Iterator[None]:
-    """Tells what the network raises from what the model or the engine raises."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLost(f"the connection to another rank is gone: {error}") from error
+class _PeersMayBeLost:
+    """Tells what the network raises from what the model raises. A class, as it is entered for every message."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise PeerLost(f"the connection to another rank is gone: {error}") from error
+
+
+_PEERS_MAY_BE_LOST = _PeersMayBeLost()
 
 
 class Sent(Protocol):
@@ -79,7 +82,7 @@ class _Works:
     tensors: tuple[Tensor, ...] = ()
 
     def wait(self) -> tuple[Tensor, ...]:
-        with _peers_may_be_lost():
+        with _PEERS_MAY_BE_LOST:
             for work in self.works:
                 work.wait()
         return self.tensors
@@ -104,7 +107,7 @@ class DistributedTransport:
             self._group = dist.new_group(timeout=timeout)
 
     def send(self, tensors: tuple[Tensor, ...], to_rank: int, tag: int) -> Sent:
-        with _peers_may_be_lost():
+        with _PEERS_MAY_BE_LOST:
             works = [
                 dist.isend(tensor, to_rank, group=self._group, tag=tag * TENSORS_PER_MESSAGE + slot)
                 for slot, tensor in enumerate(tensors)
@@ -113,7 +116,7 @@ class DistributedTransport:
 
     def post(self, signature: Signature, from_rank: int, tag: int) -> Posted:
         buffers = tuple(spec.empty(self._device) for spec in signature)
-        with _peers_may_be_lost():
+        with _PEERS_MAY_BE_LOST:
             works = [
                 dist.irecv(buffer, from_rank, group=self._group, tag=tag * TENSORS_PER_MESSAGE + slot)
                 for slot, buffer in enumerate(buffers)
@@ -121,17 +124,17 @@ class DistributedTransport:
         return _Works([work for work in works if work is not None], buffers)
 
     def tell(self, data: Tensor, to_rank: int, tag: int) -> Sent:
-        with _peers_may_be_lost():
+        with _PEERS_MAY_BE_LOST:
             work = dist.isend(data, to_rank, tag=tag)
         return _SentWorks([work] if work is not None else [], (data,))
 
     def hear(self, like: Tensor, from_rank: int, tag: int) -> Tensor:
-        with _peers_may_be_lost():
+        with _PEERS_MAY_BE_LOST:
             dist.recv(like, from_rank, tag=tag)
         return like
 
     def all_reduce(self, vector: Tensor) -> Tensor:
         if self.num_ranks > 1:
-            with _peers_may_be_lost():
+            with _PEERS_MAY_BE_LOST:
                 dist.all_reduce(vector)
         return vector
