@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,11 @@ def launch(cfg: Config, root: Path) -> int:
     num_gpus = torch.cuda.device_count()
     place = Place.read(os.environ)
     if place is None:
-        job = prepare(cfg, run, num_gpus)
+        job = prepare(cfg, run, num_gpus, say=_say)
     else:
         devices = place.devices(cfg.devices, num_gpus)
         try:
-            job = prepare(cfg, run, num_gpus, devices)
+            job = prepare(cfg, run, num_gpus, devices, say=_say if place.rank == 0 else lambda text: None)
         except PipetrainError as error:
             if place.rank == 0:
                 raise
@@ -74,12 +74,19 @@ def launch(cfg: Config, root: Path) -> int:
 # ---- before a worker starts --------------------------------------------------------------------------------------
 
 
-def prepare(cfg: Config, run: RunPaths, num_gpus: int, devices: tuple[str, ...] | None = None) -> Job:
+def prepare(
+    cfg: Config,
+    run: RunPaths,
+    num_gpus: int,
+    devices: tuple[str, ...] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Job:
     """Checks every rule, prepares the text, and finds the checkpoint of a resumed run.
 
     Args:
         num_gpus: GPUs of this machine.
         devices: one for each rank, where torchrun decides; None takes the settings'.
+        say: takes a line for the user.
 
     Raises:
         ConfigError: with all that is wrong with the settings by themselves, or the first rule that a fact breaks.
@@ -93,7 +100,7 @@ def prepare(cfg: Config, run: RunPaths, num_gpus: int, devices: tuple[str, ...] 
     if cfg.resume is not None:
         found, skipped = checkpoint.find_usable(run.checkpoints)
         for reason in skipped:
-            _say(f"skipped a checkpoint: {reason}")
+            say(f"skipped a checkpoint: {reason}")
         saved = checkpoint.read_manifest(found)
         rules.check_resume(cfg, saved.config)
     assert isinstance(cfg.data, TextConfig)
@@ -120,7 +127,7 @@ def prepare(cfg: Config, run: RunPaths, num_gpus: int, devices: tuple[str, ...] 
         )
     if saved is not None:
         _check_goes_on(cfg, saved.step, steps_of_epoch)
-        _say(f"going on from step {saved.step}{_changes(cfg, saved)}")
+        say(f"going on from step {saved.step}{_changes(cfg, saved)}")
     return job
 
 

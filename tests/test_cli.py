@@ -532,7 +532,6 @@ def test_completion_script(launch: Launch, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_wheel_holds_every_file_of_conf(tmp_path: Path) -> None:
-    pytest.importorskip("hatchling")
     for name in ("pipetrain", "conf", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "README.md").write_text("")

@@ -177,9 +177,11 @@ def test_a_signal_to_the_whole_group_saves_too(command: Command) -> None:
     assert status(run)["exit_code"] == 75
 
 
-@pytest.mark.parametrize("delay_s", [0.3, 0.8, 1.5, 2.2])
+@pytest.mark.parametrize("delay_s", [0.0, 0.5, 1.0, 1.5])
 def test_ctrl_c_while_starting_is_quiet(command: Command, delay_s: float) -> None:
+    """Whatever is being imported or started at that moment; at the latest of them training may have begun."""
     process = command.start(*FOREVER, "devices=2", start_new_session=True)
+    wait_until(lambda: any(command.folder.glob("runs/*/*")))
     time.sleep(delay_s)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
