@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,7 +26,7 @@ SAVE_GRACE_S = 120.0  # how long workers may take to finish a step and write a c
 _FAILURE_GRACE_S = 5.0  # how long the others may take to notice that a rank has failed
 _POLL_S = 0.2
 _REPEAT_S = 1.0  # how often a signal is handed on again
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass
@@ -54,14 +54,14 @@ def prepare_fork_server() -> None:
     if _has_gpu_driver():
         return
     # Signals are often sent to a whole group of processes: the server must outlive them, or all workers die with it.
-    # What is ignored here it inherits, and so do the workers until they listen.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in _SIGNALS}
+    # It inherits that they are blocked, and so do the workers until they listen; none is lost meanwhile.
+    resource_tracker.ensure_running()  # it would unblock them again, were it started by the server's start
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         multiprocessing.set_forkserver_preload(PRELOADED)
         forkserver.ensure_running()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_workers(worker_main: Callable[[str, int], None], argument: str, num_ranks: int, *, gpus: bool) -> Ended:
@@ -124,7 +124,7 @@ def _inbox() -> Iterator[_Inbox]:
     def put(number: int, frame: FrameType | None) -> None:
         inbox.numbers.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, put) for number in _SIGNALS}
+    before = {number: signal.signal(number, put) for number in SIGNALS}
     try:
         yield inbox
     finally:

@@ -23,6 +23,7 @@ from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 from pipetrain.engine.transport import DistributedTransport, PeerLost
 from pipetrain.errors import Exit, PipetrainError
 from pipetrain.paths import RunPaths
+from pipetrain.processes import SIGNALS
 from pipetrain.training.job import Job
 from pipetrain.training.loop import Request, Signals, train
 from pipetrain.training.memory import memory_advice
@@ -149,8 +150,9 @@ def _listen(signals: Signals) -> None:
     def handle(number: int, frame: FrameType | None) -> None:
         signals.request = Request.INTERRUPT if number == signal.SIGINT else Request.PREEMPT
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see processes.prepare_fork_server
 
 
 def _die_with_launcher() -> None:

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": BASE | {"config", "schedule", "sim", "models", "data", "partition", "engine"},
     "processes": set(),
     "torchrun": {"errors"},
-    "worker": {"training", "engine", "errors", "paths"},
+    "worker": {"processes", "training", "engine", "errors", "paths"},
     "launch": {"processes", "torchrun", "training", "worker", "config", "rules", "data", "devices", "errors", "paths"},
 }
 # The front end: may use anything below it, launch only inside the function that starts a run.
