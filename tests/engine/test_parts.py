@@ -190,3 +190,23 @@ def test_an_output_shape_that_does_not_follow_from_the_input_shape_is_refused() 
         RuntimeError, match=r"the output of stage 0 is \[\(1, 8\)\], but it was \[\(1, 4\)\] for the same"
     ):
         run_ranks(2, rank_main)
+
+
+def test_what_crosses_a_border_is_contiguous_in_both_directions() -> None:
+    """Elsewhere a sum over other strides could give other bits than on one stage."""
+    seen: list[bool] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out = x * 1
+            out.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))
+            return out
+
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.t()
+
+    assert Layer("turned", Turned()).forward((torch.randn(2, 3),))[0].is_contiguous()
+    _, graph = Layer("watched", Watched()).forward_with_graph((torch.randn(2, 3),), (True,))
+    graph.backward((torch.randn(3, 2).t(),))
+    assert seen == [True]
