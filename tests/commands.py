@@ -99,7 +99,3 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def interrupt(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    os.killpg(process.pid, number)

@@ -114,14 +114,14 @@ def test_tied_copies_stay_equal_to_the_last_bit_and_count_once_in_the_norm() -> 
 
 
 class Transposed(nn.Module):
-    """Returns a tensor whose memory is not in order, and sums over it: what gives other bits at other strides."""
+    """Returns a tensor whose memory is not in order, takes gelu and a sum of its input: other bits at other strides."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(16, 16))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.gelu(x @ self.weight).transpose(1, 2)
+        return ((nn.functional.gelu(x) + x.sum(-1, keepdim=True)) @ self.weight).transpose(1, 2)
 
 
 def test_a_layer_with_strange_strides_gives_the_same_bits_at_every_cut() -> None:
