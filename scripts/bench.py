@@ -123,7 +123,7 @@ def plain_step(recipe: Recipe, inputs: Tensor, targets: Tensor) -> Callable[[], 
         optimizer.zero_grad()
         loss = 0.0
         for x, y in pieces:
-            piece = recipe.loss_sum((model(x),), (y,)) / targets.numel()
+            piece = recipe.loss_sum(model(x), (y,)) / targets.numel()
             piece.backward()
             loss += piece.item()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -230,7 +230,7 @@ def _emulated_rank(num_microbatches: int) -> dict[str, list[float]]:
 def _emulated_pipetrain(rank: int, world: int, inputs: Tensor, num_microbatches: int) -> Callable[[], None]:
     recipe = Recipe(
         layers=tuple(LayerRecipe(f"layer{i}", SleepingLayer) for i in range(world)),
-        loss_sum=lambda outputs, targets: outputs[0].sum(),
+        loss_sum=lambda output, targets: output.sum(),
         count=lambda targets: targets[0].numel(),
     )
     layers = take_stage(recipe, [1] * world, rank, seed=0, device=CPU)

@@ -24,7 +24,7 @@ def plain_model(recipe: Recipe, seed: int) -> nn.Sequential:
 def plain_gradients(recipe: Recipe, model: nn.Sequential, inputs: Tensor, targets: Tensor) -> Tensor:
     """Loss of the whole mini-batch at once, as a mean over its valid tokens, and its gradients in `.grad`."""
     model.zero_grad()
-    loss = recipe.loss_sum((model(inputs),), (targets,)) / recipe.count((targets,))
+    loss = recipe.loss_sum(model(inputs), (targets,)) / recipe.count((targets,))
     loss.backward()
     return loss.detach()
 
@@ -40,7 +40,7 @@ def microbatch_loss(
         for layer, module in zip(recipe.layers, model, strict=True):
             torch.manual_seed(derive_seed(seed, step, layer.name, m))
             value = module(value)
-        loss = recipe.loss_sum((value,), (targets,))
+        loss = recipe.loss_sum(value, (targets,))
         (loss / total).backward()
         loss_sum += float(loss.detach().double())
     return loss_sum

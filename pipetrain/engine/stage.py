@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from pipetrain.engine.layer import Layer, LayerGraph, Tensors
 from pipetrain.engine.rng import LayerRandomness
 from pipetrain.engine.signature import Signature, gradients_of, signature_of
 
-# (outputs of the last layer, target tensors of the micro-batch) -> sum of the loss over its valid tokens or samples
-LossSum = Callable[[Tensors, Tensors], Tensor]
+# (output of the last layer, target tensors of the micro-batch) -> sum of the loss over its valid tokens or samples
+LossSum = Callable[[Any, Tensors], Tensor]
 
 
 class _Loss(nn.Module):
@@ -25,7 +26,7 @@ class _Loss(nn.Module):
         self.targets: Tensors = ()
 
     def forward(self, *outputs: Tensor) -> Tensor:
-        return self._loss_sum(outputs, self.targets)
+        return self._loss_sum(outputs if len(outputs) > 1 else outputs[0], self.targets)
 
 
 @dataclass

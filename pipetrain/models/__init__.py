@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipetrain.models.recipe import LayerRecipe, Recipe
+from pipetrain.models.recipe import BATCH, LayerRecipe, Recipe, Value
 from pipetrain.models.transformer import transformer
 
 MODELS = {"transformer": transformer}
@@ -13,4 +13,4 @@ def build(name: str, **settings: Any) -> Recipe:
     return MODELS[name](**settings)
 
 
-__all__ = ["MODELS", "LayerRecipe", "Recipe", "build"]
+__all__ = ["BATCH", "MODELS", "LayerRecipe", "Recipe", "Value", "build"]

@@ -83,9 +83,9 @@ def clip_logits(logits: Tensor, limit: float | None, kind: str, training: bool) 
     return logits.clamp(-limit, limit) if training else logits
 
 
-def cross_entropy_sum(outputs: Tensors, targets: Tensors) -> Tensor:
+def cross_entropy_sum(logits: Tensor, targets: Tensors) -> Tensor:
     """Sum of -log p(target) over the tokens that are not padding; logits [B, T, V], targets [B, T]."""
-    (logits,), (target,) = outputs, targets
+    (target,) = targets
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
 
 

@@ -127,7 +127,7 @@ class Transposed(nn.Module):
 def test_a_layer_with_strange_strides_gives_the_same_bits_at_every_cut() -> None:
     recipe = Recipe(
         layers=tuple(LayerRecipe(f"layer{i}", Transposed) for i in range(4)),
-        loss_sum=lambda outputs, targets: (outputs[0] - targets[0]).square().sum(),
+        loss_sum=lambda output, targets: (output - targets[0]).square().sum(),
         count=lambda targets: targets[0].numel(),
     )
     data = [(torch.randn(5, 16, 16), torch.randn(5, 16, 16)) for _ in range(2)]

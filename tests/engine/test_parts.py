@@ -142,7 +142,7 @@ def test_local_ranks_get_the_first_failure() -> None:
 def linear_recipe(layers: int) -> Recipe:
     return Recipe(
         layers=tuple(LayerRecipe(f"layer{i}", lambda: nn.Linear(4, 4)) for i in range(layers)),
-        loss_sum=lambda outputs, targets: outputs[0].sum(),
+        loss_sum=lambda output, targets: output.sum(),
         count=lambda targets: len(targets[0]),
     )
 

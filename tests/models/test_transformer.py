@@ -140,5 +140,5 @@ def test_the_loss_is_a_sum_over_tokens_that_are_not_padding() -> None:
     expected = -sum(
         float(logits[b, t].log_softmax(0)[targets[b, t]]) for b in range(2) for t in range(3) if targets[b, t] >= 0
     )
-    assert float(cross_entropy_sum((logits,), (targets,))) == pytest.approx(expected, rel=1e-6)
+    assert float(cross_entropy_sum(logits, (targets,))) == pytest.approx(expected, rel=1e-6)
     assert recipe().count((targets,)) == 3
