@@ -237,7 +237,7 @@ def test_evaluation_covers_the_split_once_without_dropout(tmp_path: Path) -> Non
     with torch.no_grad():
         for index in range(data.num_batches):
             inputs, targets = data.batch(index)
-            total += float(recipe.loss_sum((model(inputs),), (targets,)))
+            total += float(recipe.loss_sum(model(inputs), (targets,)))
             count += targets.numel()
     row = metrics(tmp_path, "run")[-1]
     assert row["loss/val"] == pytest.approx(total / count, rel=1e-5)
