@@ -206,6 +206,14 @@ def _launch(raw: DictConfig, folder: Path) -> int:
     if _session.sweep is not None and any(RunPaths(folder).checkpoints.glob("*")):
         cfg.resume = str(folder)
     prepare_fork_server()  # it imports torch beside us
+    if cfg.action == "check":
+        from pipetrain.check.run import check
+
+        _session.launched = True
+        code = check(cfg, folder)
+        if _session.sweep is None and _session.footprint is not None:
+            _session.footprint.undo()
+        return code
     from pipetrain.launch import launch
 
     _session.launched = True

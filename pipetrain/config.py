@@ -107,7 +107,13 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class CheckConfig:
+    steps: int = setting("action=check: compare so many steps", 3)
+
+
+@dataclass(kw_only=True)
 class Config:
+    action: str = setting("train | check (a few steps against one plain process: do the guarantees hold?)", "train")
     name: str = setting("name of the run: the folder under runs/", "???")
     model: ModelConfig = setting("the model and its size", "???")
     data: DataConfig = setting("the data", "???")
@@ -119,7 +125,7 @@ class Config:
     schedule: str = setting("order of the pipeline's work: " + " | ".join(SCHEDULES), "gpipe")
     recompute: str = setting("run each forward again before its backward, to save memory: always | never", "always")
     threads: Any = setting("CPU threads of each worker; auto = cores / workers of this machine", 1)
-    precision: str = setting("fp32 | bf16 (autocast)", "fp32")
+    precision: str = setting("fp32 | bf16 (autocast) | fp64 (the whole model, for comparisons)", "fp32")
     seed: int = setting("where all randomness starts", 0)
     steps: int | None = setting("train up to this step; give steps or epochs", None)
     epochs: int | None = setting("train for so many passes over the data", None)
@@ -133,6 +139,7 @@ class Config:
     log_every: int = setting("steps between two lines of the log", 10)
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "evaluation"})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={"help": "checkpoints"})
+    check: CheckConfig = field(default_factory=CheckConfig, metadata={"help": "comparison"})
     resume: str | None = setting("a run folder to go on with", None)
 
 
@@ -157,6 +164,7 @@ def from_json(text: str) -> Config:
     raw["lr_rule"] = LrRuleConfig(**raw["lr_rule"])
     raw["eval"] = EvalConfig(**raw["eval"])
     raw["checkpoint"] = CheckpointConfig(**raw["checkpoint"])
+    raw["check"] = CheckConfig(**raw["check"])
     return Config(**raw)
 
 

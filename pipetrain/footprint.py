@@ -1,6 +1,7 @@
 """What Hydra writes into a folder before a run starts, and how to take it back."""
 
 import contextlib
+import shutil
 from pathlib import Path
 
 from pipetrain.paths import RunPaths
@@ -20,6 +21,7 @@ class Footprint:
 
     def undo(self) -> None:
         """Restores the folder, or removes it if it is new. A new folder that holds more than Hydra's files stays."""
+        shutil.rmtree(RunPaths(self._folder).check, ignore_errors=True)
         log = RunPaths(self._folder).log
         found = {path for path in self._folder.rglob("*") if path.is_file()}
         if self._missing and found - set(self._before) - {log}:

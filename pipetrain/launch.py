@@ -160,21 +160,31 @@ def _locked(run: RunPaths) -> Iterator[None]:
 
 def _run_local_workers(job: Job) -> int:
     run = job.run
-    shutil.rmtree(run.scratch, ignore_errors=True)
-    run.scratch.mkdir(mode=0o700)
     _write_environment(run)
     _say(f"run folder: {_shown(run.root)}")
-    on_gpus = job.devices[0] != "cpu"
-    if not on_gpus and len(job.devices) > 1:
+    if job.devices[0] == "cpu" and len(job.devices) > 1:
         _say(f"{len(job.devices)} CPU processes, one for each stage")
+    code = run_job(job)
+    if code in _SAVED:
+        _say_what_next(job, code)
+    return code
+
+
+def run_job(job: Job, worker: Callable[[str, int], None] = run_local_worker) -> int:
+    """Runs `worker(job as JSON, rank)` in a local process for each device; prints a failure.
+
+    Returns:
+        The exit code of the run.
+    """
+    run = job.run
+    shutil.rmtree(run.scratch, ignore_errors=True)
+    run.scratch.mkdir(mode=0o700)
     before = status.read(run)  # of a resumed run
     step, metrics = before.get("step", 0), before.get("metrics", {})
     status.write(run, "starting", step=step, exit_code=None, error=None, metrics=metrics)
-    ended = run_workers(run_local_worker, job.to_json(), len(job.devices), gpus=on_gpus)
+    ended = run_workers(worker, job.to_json(), len(job.devices), gpus=job.devices[0] != "cpu")
     code = _outcome(run, ended)
     shutil.rmtree(run.scratch, ignore_errors=True)
-    if code in _SAVED:
-        _say_what_next(job, code)
     return code
 
 

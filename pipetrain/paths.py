@@ -55,6 +55,15 @@ class RunPaths:
         return self.root / ".processes"
 
     @property
+    def check(self) -> Path:
+        """The runs that `action=check` compares; removed at its end."""
+        return self.root / ".check"
+
+    def recorded(self, step: int, rank: int) -> Path:
+        """What a rank kept of a step for a comparison."""
+        return self.root / "recorded" / f"step_{step}.rank_{rank}.safetensors"
+
+    @property
     def store(self) -> Path:
         """Where local ranks leave their addresses for each other."""
         return self.scratch / "store"

@@ -23,7 +23,8 @@ from pipetrain.schedule import SCHEDULES
 from pipetrain.suggest import one_of
 
 RECOMPUTE = ("always", "never")
-PRECISIONS = ("fp32", "bf16")
+ACTIONS = ("train", "check")
+PRECISIONS = ("fp32", "bf16", "fp64")
 LOGIT_CLIP_KINDS = ("hard", "soft")
 INIT_SCALES = ("none", "inverse_depth", "inverse_sqrt_depth")
 POSITIONS = ("learned", "sinusoidal")
@@ -61,6 +62,8 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
         )
     if isinstance(cfg.data, TextConfig) and cfg.data.path == "":
         problems.append("data.path= is empty: give a file or folder, or data.path=null for Python's own manual")
+    if cfg.action == "check" and cfg.resume is not None:
+        problems.append("action=check runs the first steps of the settings: leave resume out")
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -77,6 +80,7 @@ def _check_ranges(cfg: Config, problems: list[str]) -> None:
         ("eval.batches", cfg.eval.batches, 1),
         ("checkpoint.every", cfg.checkpoint.every, 0),
         ("checkpoint.keep", cfg.checkpoint.keep, 1),
+        ("check.steps", cfg.check.steps, 2),
         ("seed", cfg.seed, 0),
         ("optimizer.weight_decay", cfg.optimizer.weight_decay, 0),
         ("lr_rule.warmup_steps", cfg.lr_rule.warmup_steps, 0),
@@ -104,6 +108,7 @@ def _check_ranges(cfg: Config, problems: list[str]) -> None:
 
 def _check_choices(cfg: Config, problems: list[str]) -> None:
     choices: list[tuple[str, str, tuple[str, ...]]] = [
+        ("action", cfg.action, ACTIONS),
         ("schedule", cfg.schedule, tuple(SCHEDULES)),
         ("recompute", cfg.recompute, RECOMPUTE),
         ("precision", cfg.precision, PRECISIONS),
@@ -276,7 +281,7 @@ def changes(cfg: Config, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         return out
 
     before, now = flat(saved), flat(dataclasses.asdict(cfg))
-    ignored = {"data.path", "data.cache_dir", "resume", "name"}
+    ignored = {"data.path", "data.cache_dir", "resume", "name", "action", "check.steps"}
     keys = [key for key in {**before, **now} if key not in ignored]
     return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -33,8 +34,20 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_local_worker(job_json: str, rank: int) -> None:
-    """Body of a local worker process. Leaves through `os._exit`: sockets close at once, and if this rank has failed its
-    neighbours notice within milliseconds.
+    """Body of a local worker process: one rank of a training run."""
+
+    def body(job: Job, signals: Signals) -> Exit:
+        world = len(job.devices)
+        return run_rank(job, rank, world, signals, FileStore(str(job.run.store), world))
+
+    run_process(job_json, rank, body)
+
+
+def run_process(job_json: str, rank: int, body: Callable[[Job, Signals], Exit]) -> None:
+    """Runs `body` in this process, which the launcher has started for a rank, and leaves its failure for the launcher.
+
+    Leaves through `os._exit`: sockets close at once, and if this rank has failed its neighbours notice within
+    milliseconds.
     """
     signals = Signals()
     _listen(signals)
@@ -43,9 +56,8 @@ def run_local_worker(job_json: str, rank: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     job = Job.from_json(job_json)
     job.run.pid(rank).write_text(str(os.getpid()))
-    world = len(job.devices)
     try:
-        code = run_rank(job, rank, world, signals, FileStore(str(job.run.store), world))
+        code = body(job, signals)
     except BaseException as error:
         failure = explain_failure(rank, error)
         _record(job.run, failure)
@@ -68,7 +80,7 @@ def run_rank(job: Job, rank: int, world: int, signals: Signals, store: Store | N
     Args:
         store: where the ranks find each other; None takes torchrun's variables.
     """
-    torch.set_num_threads(_threads(job))
+    torch.set_num_threads(num_threads(job))
     device = torch.device(job.devices[rank])
     backend = "gloo"
     if device.type == "cuda":
@@ -137,7 +149,8 @@ def _record(run: RunPaths, failure: Failure) -> None:
     os.replace(aside, run.failure(failure.rank))
 
 
-def _threads(job: Job) -> int:
+def num_threads(job: Job) -> int:
+    """CPU threads of each worker."""
     if job.cfg.threads == "auto":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", len(job.devices)))
         return max(1, len(os.sched_getaffinity(0)) // local)

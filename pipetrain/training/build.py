@@ -5,6 +5,7 @@ import resource
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from pipetrain import models
 from pipetrain.config import Config, TextConfig
@@ -18,7 +19,7 @@ from pipetrain.models import Recipe
 from pipetrain.partition.split import stages_of_ties, take_stage
 from pipetrain.sim.balance import even
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp64": None}
 
 
 def build_recipe(cfg: Config, vocab_size: int) -> Recipe:
@@ -48,9 +49,10 @@ def build_runtime(
 ) -> Runtime:
     """Builds this rank's stage and the runtime around it."""
     index, num_stages = transport.rank, len(balance)
+    layers = take_stage(recipe, balance, index, seed=cfg.seed, device=device)
     stage = Stage(
         index,
-        take_stage(recipe, balance, index, seed=cfg.seed, device=device),
+        [(name, module.double()) for name, module in layers] if cfg.precision == "fp64" else layers,
         device=device,
         seed=cfg.seed,
         loss_sum=recipe.loss_sum if index == num_stages - 1 else None,
@@ -64,6 +66,11 @@ def open_data(cfg: Config, tokens: TokenFolder, split: str, order: str) -> TextB
     """One split of the text."""
     assert isinstance(cfg.data, TextConfig)
     return TextBatches(tokens, split, seq_len=cfg.data.seq_len, batch_size=cfg.batch_size, order=order, seed=cfg.seed)
+
+
+def to_device(tensor: Tensor, cfg: Config, device: torch.device) -> Tensor:
+    """A tensor of a batch where the model takes it: on its device and, where it is floating, in its precision."""
+    return tensor.to(device, torch.float64 if cfg.precision == "fp64" and tensor.is_floating_point() else None)
 
 
 def _memory_meter(device: torch.device) -> Callable[[], float]:

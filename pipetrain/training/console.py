@@ -14,12 +14,12 @@ _SHOWN = ("loss/train", "loss/val", "lr", "grad/norm", "speed/tokens_per_s", "va
 class Console:
     """Progress of the steps, and the values of `_SHOWN` under their metric names."""
 
-    def __init__(self, first_step: int, last_step: int) -> None:
-        self._out = rich.console.Console(highlight=False, soft_wrap=True)
+    def __init__(self, first_step: int, last_step: int, *, quiet: bool = False) -> None:
+        self._out = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._first, self._last = first_step, last_step
         self._started_s = time.monotonic()
         self._bar: Progress | None = None
-        if self._out.is_terminal:
+        if self._out.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("training"),
                 BarColumn(bar_width=24),

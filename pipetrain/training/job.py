@@ -21,6 +21,7 @@ class Job:
         tokens: the prepared text.
         devices: one name for each rank.
         checkpoint: the verified checkpoint to go on from, or None.
+        record: keep all numbers of every step for a comparison, and print nothing.
     """
 
     cfg: Config
@@ -28,6 +29,7 @@ class Job:
     tokens: TokenFolder
     devices: tuple[str, ...]
     checkpoint: Path | None
+    record: bool = False
 
     @property
     def data_id(self) -> str:
@@ -43,6 +45,7 @@ class Job:
                 "tokens": dataclasses.asdict(self.tokens),
                 "devices": self.devices,
                 "checkpoint": str(self.checkpoint) if self.checkpoint else None,
+                "record": self.record,
             }
         )
 
@@ -56,4 +59,5 @@ class Job:
             tokens=TokenFolder(**raw["tokens"]),
             devices=tuple(raw["devices"]),
             checkpoint=Path(raw["checkpoint"]) if raw["checkpoint"] else None,
+            record=raw["record"],
         )

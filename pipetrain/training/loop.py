@@ -16,7 +16,7 @@ from pipetrain.engine.transport import Transport
 from pipetrain.errors import Exit, NonFiniteError, PipetrainError, StageFailed
 from pipetrain.schedule import Schedule, build_forward_only
 from pipetrain.training import checkpoint, state, status
-from pipetrain.training.build import balance_of, build_recipe, build_runtime, open_data, ties_of
+from pipetrain.training.build import balance_of, build_recipe, build_runtime, open_data, ties_of, to_device
 from pipetrain.training.console import Console
 from pipetrain.training.evaluate import Evaluator
 from pipetrain.training.job import Job
@@ -24,6 +24,7 @@ from pipetrain.training.memory import memory_advice
 from pipetrain.training.metrics import Metrics, compared_settings, pipeline_values
 from pipetrain.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from pipetrain.training.plan import drawn, make_plan
+from pipetrain.training.record import Recorder
 
 
 class Request(IntEnum):
@@ -89,6 +90,7 @@ class Trainer:
             reader = checkpoint.Reader(job.checkpoint)
             state.restore(reader, self.runtime, self.optimizer, self.ties)
             self.step = reader.manifest.step
+        self.recorder = self._recorder() if job.record else None
         self.evaluator = Evaluator(self.runtime, len(balance), num_microbatches(cfg), recipe.count)
         plan = make_plan(self.schedule, job.devices, recipe, balance, self._count_parameters(), cfg.recompute)
         # The first rank is the one that writes.
@@ -96,7 +98,7 @@ class Trainer:
         self.metrics: Metrics | None = None
         if transport.rank == 0:
             job.run.plan.write_text(plan.to_json())
-            self.console = Console(self.step, self.last_step)
+            self.console = Console(self.step, self.last_step, quiet=job.record)
             for line in (*plan.table(), *drawn(self.schedule)):
                 self.console.say(line)
             self.metrics = Metrics(job.run, self.console, compared_settings(cfg, balance), self.step)
@@ -110,6 +112,7 @@ class Trainer:
         while self.step < self.last_step:
             report, step_s = self._train_one_step()
             self.step += 1
+            self._record(report)
             last = self.step == self.last_step
             self._log(report, step_s, last)
             save = last or self._due(self.cfg.checkpoint.every)
@@ -153,13 +156,16 @@ class Trainer:
         inputs, targets = self.data.batch(self.step)
         device, stages = self.runtime.device, self.runtime.stages
         last = len(self.balance) - 1
-        return (inputs.to(device),) if 0 in stages else None, (targets.to(device),) if last in stages else None
+        x, y = to_device(inputs, self.cfg, device), to_device(targets, self.cfg, device)
+        return (x,) if 0 in stages else None, (y,) if last in stages else None
 
     def _update(self, report: StepReport) -> None:
         """Called by the runtime once the gradients of all stages are there."""
         self._finite = math.isfinite(report.loss_sum) and math.isfinite(report.grad_norm)
         if not self._finite:
             return
+        if self.recorder is not None:
+            self.recorder.before_clipping(self.runtime.parameters)
         clip_gradients(self.runtime.own_parameters.values(), report.grad_norm, self.cfg.grad_clip)
         set_learning_rate(self.optimizer, learning_rate(self.cfg.optimizer.lr, self.cfg.lr_rule, self.step))
         self.optimizer.step()
@@ -181,7 +187,7 @@ class Trainer:
             + (f"the checkpoint of step {kept[0]} is kept. " if kept else "there is no checkpoint yet. ")
             + f"Try a lower optimizer.lr (now {self.cfg.optimizer.lr:g}), a longer lr_rule.warmup_steps "
             f"(now {self.cfg.lr_rule.warmup_steps}), logit_clip=20, "
-            + ("precision=fp32, " if self.cfg.precision != "fp32" else "")
+            + ("precision=fp32, " if self.cfg.precision == "bf16" else "")
             + f"or a smaller grad_clip (now {self.cfg.grad_clip})"
         )
 
@@ -192,6 +198,25 @@ class Trainer:
         return Exit.INTERRUPTED if self._requests >= Request.INTERRUPT else Exit.PREEMPTED
 
     # ---- what is written -------------------------------------------------------------------------------------
+
+    def _recorder(self) -> Recorder:
+        layers = [layer for stage in self.runtime.stages.values() for layer in stage.layers]
+        modules = ((f"{layer.name}.{n}", module) for layer in layers for n, module in layer.module.named_modules())
+        return Recorder(lambda step: self.job.run.recorded(step, self.transport.rank), modules)
+
+    def _record(self, report: StepReport) -> None:
+        if self.recorder is None:
+            return
+        prefix = "optimizer/"
+        saved = state.collect(self.runtime, self.optimizer, self.ties)
+        self.recorder.write(
+            self.step,
+            loss=report.loss_sum / report.count,
+            norm=report.grad_norm,
+            parameters=self.runtime.parameters,
+            buffers={name: buffer for stage in self.runtime.stages.values() for name, buffer in stage.named_buffers()},
+            optimizer={name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)},
+        )
 
     def _log(self, report: StepReport, step_s: float, last: bool) -> None:
         if self.metrics is None or self.console is None:

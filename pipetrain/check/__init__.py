@@ -1,0 +1,1 @@
+"""Shows on the user's own settings that the guarantees hold: `action=check`."""

@@ -1,0 +1,163 @@
+"""Training in plain PyTorch: one process, the whole model, one autograd graph for each micro-batch.
+
+What a pipeline must give, written down a second time. Nothing here comes from `engine` or `schedule`: it shares with
+them what a setting means (the recipe, the optimizer, the learning-rate rule) and where randomness comes from (`seeds`).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipetrain.config import Config, num_microbatches
+from pipetrain.models.recipe import BATCH, Recipe, Tensors, Value
+from pipetrain.partition.split import build_layer
+from pipetrain.seeds import derive_seed
+from pipetrain.training.optim import build_optimizer, learning_rate, set_learning_rate
+from pipetrain.training.record import Recorder
+
+
+class PlainModel:
+    """All layers of a recipe in one process.
+
+    Attributes:
+        parameters: each use of a tied one is listed, all of them the same object.
+    """
+
+    def __init__(self, recipe: Recipe, seed: int, device: torch.device) -> None:
+        self.recipe = recipe
+        self.layers = [build_layer(layer, seed) for layer in recipe.layers]
+        recipe.release()
+        by_name = dict(zip((layer.name for layer in recipe.layers), self.layers, strict=True))
+        for (owner, owned), *others in recipe.ties:
+            for layer, tied in others:
+                path, _, last = tied.rpartition(".")
+                setattr(by_name[layer].get_submodule(path), last, by_name[owner].get_parameter(owned))
+        for module in self.layers:
+            module.to(device).double().train()
+        self.parameters: dict[str, nn.Parameter] = dict(self._named("named_parameters"))
+        self.modules: dict[str, nn.Module] = dict(self._named("named_modules"))
+        self._seed, self._step, self._microbatch = seed, 0, 0
+        self._calls: dict[str, int] = {}
+        for name, module in self.modules.items():
+            if next(module.children(), None) is None or isinstance(module, nn.MultiheadAttention):
+                module.register_forward_pre_hook(self._seed_call(name), prepend=True)
+        self.batch_norms = [MiniBatchNorm(m) for m in self.modules.values() if _keeps_statistics(m)]
+
+    def _named(self, what: str) -> Iterator[tuple[str, Any]]:
+        for layer, module in zip(self.recipe.layers, self.layers, strict=True):
+            for local, found in getattr(module, what)():
+                yield layer.full_name(local), found
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers under their full names."""
+        saved = {
+            layer.full_name(local)
+            for layer, module in zip(self.recipe.layers, self.layers, strict=True)
+            for local in module.state_dict()
+        }
+        return {name: buffer for name, buffer in self._named("named_buffers") if name in saved}
+
+    def forward(self, inputs: Tensors, step: int, microbatch: int) -> Any:
+        """The output of the last layer."""
+        self._step, self._microbatch = step, microbatch
+        self._calls.clear()
+        outputs: dict[str, Any] = {}
+        for index, (layer, module) in enumerate(zip(self.recipe.layers, self.layers, strict=True)):
+            arguments = [a for value in self.recipe.taken_by(index) for a in _resolve(value, outputs, inputs)]
+            torch.manual_seed(derive_seed(self._seed, step, layer.name, microbatch))
+            outputs[layer.name] = module(*arguments)
+        return outputs[self.recipe.layers[-1].name]
+
+    def _seed_call(self, name: str) -> Callable[[nn.Module, Any], None]:
+        """Randomness as `pipetrain.seeds` promises it."""
+
+        def hook(module: nn.Module, arguments: Any) -> None:
+            self._calls[name] = call = self._calls.get(name, 0) + 1
+            full = name if call == 1 else f"{name}@{call}"
+            torch.manual_seed(derive_seed(self._seed, self._step, full, self._microbatch))
+
+        return hook
+
+
+def _resolve(value: Value, outputs: dict[str, Any], inputs: Tensors) -> tuple[Any, ...]:
+    if value.layer == BATCH:
+        return inputs if value.element is None else (inputs[int(value.element)],)
+    output = outputs[value.layer]
+    return (output if value.element is None else output[value.element],)
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+class MiniBatchNorm:
+    """The running statistics of one BatchNorm: updated once a step, from all that it saw in the mini-batch."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self._momentum = module, module.momentum
+        module.momentum = 0.0  # its own updates, one for each micro-batch, change nothing
+        self._seen: list[Tensor] = []
+        module.register_forward_pre_hook(lambda _, arguments: self._seen.append(arguments[0].detach()))
+
+    @torch.no_grad()
+    def end_of_step(self, num_steps: int) -> None:
+        """Takes in what the module saw since the last step; `num_steps` mini-batches so far, this one too."""
+        seen = torch.cat(self._seen).transpose(0, 1).flatten(1)  # [channels, everything else]
+        self._seen.clear()
+        share = 1 / num_steps if self._momentum is None else self._momentum
+        self._module.running_mean.lerp_(seen.mean(1), share)
+        self._module.running_var.lerp_(seen.var(1, unbiased=True), share)
+        self._module.num_batches_tracked.fill_(num_steps)
+
+
+def train(model: PlainModel, cfg: Config, batches: Iterable[tuple[Tensors, Tensors]], recorder: Recorder) -> None:
+    """Trains and records every step.
+
+    Args:
+        batches: (inputs, targets) of each mini-batch in order, [batch, ...] each.
+    """
+    first_uses = {id(p): name for name, p in reversed(model.parameters.items())}
+    own = {name: p for name, p in model.parameters.items() if first_uses[id(p)] == name}
+    optimizer = build_optimizer(cfg.optimizer, own)
+    for step, (inputs, targets) in enumerate(batches):
+        optimizer.zero_grad()
+        total = model.recipe.count(targets)
+        loss_sum = 0.0
+        for m, (x, y) in enumerate(_microbatches(inputs, targets, num_microbatches(cfg))):
+            loss = model.recipe.loss_sum(model.forward(x, step, m), y)
+            (loss / total).backward()
+            loss_sum += loss.item()
+        for norm_layer in model.batch_norms:
+            norm_layer.end_of_step(step + 1)
+        recorder.before_clipping(model.parameters)
+        norm = _clip(own.values(), cfg.grad_clip)
+        set_learning_rate(optimizer, learning_rate(cfg.optimizer.lr, cfg.lr_rule, step))
+        optimizer.step()
+        recorder.write(
+            step + 1,
+            loss=loss_sum / total,
+            norm=norm,
+            parameters=model.parameters,
+            buffers=model.buffers(),
+            optimizer={},
+        )
+
+
+def _microbatches(inputs: Tensors, targets: Tensors, number: int) -> Iterator[tuple[Tensors, Tensors]]:
+    pieces = [tensor.tensor_split(number) for tensor in (*inputs, *targets)]
+    for row in zip(*pieces, strict=True):
+        yield row[: len(inputs)], row[len(inputs) :]
+
+
+def _clip(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
+    """Scales the gradients as `torch.nn.utils.clip_grad_norm_` does, written out; returns their norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+    if limit is not None and norm > limit:
+        for gradient in gradients:
+            gradient.mul_(limit / (norm + 1e-6))
+    return norm
