@@ -46,3 +46,7 @@ class ScheduleError(PipetrainError, ValueError):
 
 class StageFailed(PipetrainError, RuntimeError):
     """One stage of a run failed; the others were stopped."""
+
+
+class LayerError(PipetrainError, RuntimeError):
+    """A layer does what a pipeline cannot carry; the text names it."""

@@ -31,7 +31,7 @@ from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.stage import Stage
 from pipetrain.engine.transport import DistributedTransport
 from pipetrain.models import LayerRecipe, Recipe, build
-from pipetrain.partition.split import build_layer, take_stage
+from pipetrain.partition.split import build_layer, dataflow_of, take_stage
 from pipetrain.sim.balance import even
 from pipetrain.training.optim import build_optimizer, clip_gradients
 
@@ -98,7 +98,9 @@ def pipeline_step(recipe: Recipe, inputs: Tensor, targets: Tensor) -> Callable[[
     transport = DistributedTransport(CPU, TIMEOUT)
     world, rank = transport.num_ranks, transport.rank
     layers = take_stage(recipe, even(len(recipe.layers), world), rank, seed=0, device=CPU)
-    stage = Stage(rank, layers, device=CPU, seed=0, loss_sum=recipe.loss_sum if rank == world - 1 else None)
+    loss_sum = recipe.loss_sum if rank == world - 1 else None
+    dataflow = dataflow_of(recipe, even(len(recipe.layers), world))
+    stage = Stage(rank, layers, dataflow, device=CPU, seed=0, loss_sum=loss_sum)
     runtime = Runtime([stage], world, transport, CPU)
     program = runtime.prepare(schedule.build("gpipe", world, MICRO_BATCHES, recompute=False))
     optimizer = build_optimizer(AdamConfig(name="adamw"), runtime.own_parameters)
@@ -234,7 +236,9 @@ def _emulated_pipetrain(rank: int, world: int, inputs: Tensor, num_microbatches:
         count=lambda targets: targets[0].numel(),
     )
     layers = take_stage(recipe, [1] * world, rank, seed=0, device=CPU)
-    stage = Stage(rank, layers, device=CPU, seed=0, loss_sum=recipe.loss_sum if rank == world - 1 else None)
+    loss_sum = recipe.loss_sum if rank == world - 1 else None
+    dataflow = dataflow_of(recipe, [1] * world)
+    stage = Stage(rank, layers, dataflow, device=CPU, seed=0, loss_sum=loss_sum)
     runtime = Runtime([stage], world, DistributedTransport(CPU, TIMEOUT), CPU)
     program = runtime.prepare(schedule.build("gpipe", world, num_microbatches, recompute=False))
     optimizer = torch.optim.SGD(runtime.own_parameters.values(), lr=0.1)

@@ -13,18 +13,19 @@ from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.stage import Stage
 from pipetrain.engine.tied import Tie
 from pipetrain.models import Recipe
-from pipetrain.partition.split import stages_of_ties, take_stage
+from pipetrain.partition.split import dataflow_of, stages_of_ties, take_stage
 
 CPU = torch.device("cpu")
 
 
 @dataclass
 class Result:
-    """What all ranks together ended with; parameters and gradients by unsplit name."""
+    """What all ranks together ended with; all tensors by unsplit name."""
 
     reports: list[StepReport]
     parameters: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
 
 
 def build_runtime(
@@ -36,10 +37,11 @@ def build_runtime(
     dtype: torch.dtype = torch.float32,
     autocast_dtype: torch.dtype | None = None,
 ) -> Runtime:
-    layers = [(n, m.to(dtype)) for n, m in take_stage(recipe, balance, transport.rank, seed=seed, device=CPU)]
+    layers = [(n, p, m.to(dtype)) for n, p, m in take_stage(recipe, balance, transport.rank, seed=seed, device=CPU)]
     stage = Stage(
         transport.rank,
         layers,
+        dataflow_of(recipe, balance),
         device=CPU,
         seed=seed,
         loss_sum=recipe.loss_sum if transport.rank == len(balance) - 1 else None,
@@ -49,10 +51,14 @@ def build_runtime(
     return Runtime([stage], len(balance), transport, CPU, ties=ties)
 
 
+def _tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
 def train(
     recipe: Recipe,
     balance: Sequence[int],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor | tuple[Tensor, ...], Tensor]],
     *,
     num_microbatches: int,
     recompute: bool = True,
@@ -62,7 +68,7 @@ def train(
     autocast_dtype: torch.dtype | None = None,
 ) -> Result:
     """Trains one step a batch with AdamW; the gradients are those of the last step."""
-    plan = schedule.build("gpipe", len(balance), num_microbatches, recompute=recompute)
+    plan = schedule.build("gpipe", len(balance), num_microbatches, recompute=recompute, skips=dataflow_of(recipe, balance).skips())
 
     def rank_main(transport: LocalTransport) -> Result:
         runtime = build_runtime(recipe, balance, transport, seed=seed, dtype=dtype, autocast_dtype=autocast_dtype)
@@ -74,16 +80,18 @@ def train(
         for step, (inputs, targets) in enumerate(batches):
             total = recipe.count((targets,))
             report = runtime.train_step(
-                program, step, (inputs,), (targets,), total=total, update=lambda _: optimizer.step() and None
+                program, step, _tuple(inputs), (targets,), total=total, update=lambda _: optimizer.step() and None
             )
             reports.append(report)
         parameters = {n: p.detach().clone() for n, p in runtime.parameters.items()}
+        buffers = {n: b.clone() for stage in runtime.stages.values() for n, b in stage.named_buffers()}
         gradients = {n: p.grad.clone() for n, p in runtime.parameters.items() if p.grad is not None}
-        return Result(reports, parameters, gradients)
+        return Result(reports, parameters, gradients, buffers)
 
     results = run_ranks(len(balance), rank_main)
-    merged = Result(results[0].reports, {}, {})
+    merged = Result(results[0].reports, {}, {}, {})
     for result in results:
         merged.parameters |= result.parameters
         merged.gradients |= result.gradients
+        merged.buffers |= result.buffers
     return merged

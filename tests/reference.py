@@ -1,5 +1,7 @@
 """Plain PyTorch against which the engine is checked. Imports nothing from pipetrain.engine or pipetrain.schedule."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,23 @@ def microbatch_loss(
     """Loss sum over micro-batches with the random layers drawing what `pipetrain.seeds` promises; adds to `.grad`."""
     total = sum(recipe.count((targets,)) for _, targets in pieces)
     loss_sum = 0.0
+    now = 0
+    calls: dict[str, int] = {}
+
+    def seed_call(name: str) -> Callable[[nn.Module, object], None]:
+        def hook(module: nn.Module, args: object) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            torch.manual_seed(derive_seed(seed, step, name if calls[name] == 1 else f"{name}@{calls[name]}", now))
+
+        return hook
+
+    for layer, module in zip(recipe.layers, model, strict=True):
+        for local, part in module.named_modules():
+            if isinstance(part, nn.Dropout):
+                part.register_forward_pre_hook(seed_call(f"{layer.name}.{local}"))
     for m, (inputs, targets) in enumerate(pieces):
+        now = m
+        calls.clear()
         value = inputs
         for layer, module in zip(recipe.layers, model, strict=True):
             torch.manual_seed(derive_seed(seed, step, layer.name, m))

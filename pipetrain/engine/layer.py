@@ -10,60 +10,102 @@ border is also one between two stages, and that is why the numbers do not depend
 (Contiguous, because the same sum over other strides can give other bits.)
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import TreeSpec
 
-Tensors = tuple[Tensor, ...]
+from pipetrain.engine.buffers import OwnBuffers
+from pipetrain.engine.structure import flatten
+from pipetrain.errors import LayerError
+
+# Makes a module's positional arguments of its inputs, a flat list in which each value is once.
+Arrange = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class LayerGraph:
-    """What backward needs of one forward of one layer. The outputs' memory is not part of it."""
+    """What backward needs of one forward of one layer. The outputs' memory is not part of it.
 
-    def __init__(self, leaves: Tensors, outputs: Tensors) -> None:
-        self._leaves = leaves
-        self._edges: list[GradientEdge] = [get_gradient_edge(out) for out in outputs if out.requires_grad]
-        self.needs_grad = tuple(out.requires_grad for out in outputs)
+    Attributes:
+        needs_grad: which leaves of the output want a gradient.
+    """
 
-    def backward(self, gradients: Tensors) -> Tensors:
+    def __init__(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        self._inputs = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+        self.needs_grad = tuple(isinstance(out, Tensor) and out.requires_grad for out in outputs)
+        self._edges: dict[int, GradientEdge] = {
+            place: get_gradient_edge(out) for place, out in enumerate(outputs) if self.needs_grad[place]
+        }
+
+    def backward(self, gradients: dict[int, Tensor]) -> list[Tensor]:
         """Adds to the `.grad` of the layer's parameters.
 
         Args:
-            gradients: one for each output with `needs_grad`.
+            gradients: of those outputs with `needs_grad` that somebody uses, by their place.
 
         Returns:
             One gradient for each input that wanted one; zeros where the outputs do not depend on it.
         """
-        if self._edges:
-            torch.autograd.backward(self._edges, tuple(gradient.contiguous() for gradient in gradients))
-        self._edges = []
-        wanted = [leaf for leaf in self._leaves if leaf.requires_grad]
-        return tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in wanted)
+        if gradients:
+            edges = [self._edges[place] for place in gradients]
+            torch.autograd.backward(edges, [gradient.contiguous() for gradient in gradients.values()])
+        self._edges = {}
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in self._inputs]
 
 
 class Layer:
-    """A module under its name in the unsplit model."""
+    """A module under its name in the unsplit model.
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    A module may change its inputs in place, as `nn.ReLU(inplace=True)` does: it then gets copies, since a recompute
+    needs the inputs as they were, and so may others. The first forward gets copies of all and shows which ones.
+    """
+
+    def __init__(self, name: str, prefix: str, module: nn.Module) -> None:
+        """
+        Args:
+            name: the layer's own.
+            prefix: what stands before the names of the module's parameters in the unsplit model.
+        """
         self.name = name
         self.module = module
+        self.buffers = OwnBuffers(module)
+        self.changed_inputs: frozenset[int] | None = None  # by place; None before the first forward
+        self._prefix = prefix
 
-    def forward(self, inputs: Tensors) -> Tensors:
-        """Runs the module without a graph."""
+    def full_name(self, local: str) -> str:
+        """The name in the unsplit model of one of the module's parameters, buffers or modules."""
+        return self._prefix + local
+
+    def forward(self, inputs: Sequence[Any], arrange: Arrange) -> tuple[list[Any], TreeSpec]:
+        """Runs the module without a graph; returns the leaves of its output and their pytree."""
         with torch.no_grad():
-            return _outputs_of(self.module(*inputs))
+            return self._run(inputs, arrange)
 
-    def forward_with_graph(self, inputs: Tensors, needs_grad: tuple[bool, ...]) -> tuple[Tensors, LayerGraph]:
+    def forward_with_graph(
+        self, inputs: Sequence[Any], arrange: Arrange, needs_grad: Sequence[bool]
+    ) -> tuple[list[Any], TreeSpec, LayerGraph]:
         """Runs the module and keeps its graph; the returned outputs are cut off from it."""
-        leaves = tuple(t.detach().requires_grad_(need) for t, need in zip(inputs, needs_grad, strict=True))
+        leaves = [
+            x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
+            for x, need in zip(inputs, needs_grad, strict=True)
+        ]
         with torch.enable_grad():
-            outputs = _outputs_of(self.module(*leaves))
-        return tuple(out.detach() for out in outputs), LayerGraph(leaves, outputs)
+            outputs, spec = self._run(leaves, arrange)
+        graph = LayerGraph(leaves, outputs)
+        return [out.detach() if isinstance(out, Tensor) else out for out in outputs], spec, graph
 
-
-def _outputs_of(returned: object) -> Tensors:
-    outputs = returned if isinstance(returned, tuple) else (returned,)
-    for out in outputs:
-        if not isinstance(out, Tensor):
-            raise TypeError(f"a layer must return a tensor or a tuple of tensors (got {type(out).__name__})")
-    return tuple(out.contiguous() for out in outputs)
+    def _run(self, inputs: Sequence[Any], arrange: Arrange) -> tuple[list[Any], TreeSpec]:
+        copied = range(len(inputs)) if self.changed_inputs is None else self.changed_inputs
+        if copied:
+            inputs = [x.clone() if p in copied and isinstance(x, Tensor) else x for p, x in enumerate(inputs)]
+        tensors = [(place, x, x._version) for place, x in enumerate(inputs) if isinstance(x, Tensor)]
+        leaves, spec = flatten(self.module(*arrange(inputs)))
+        changed = frozenset(place for place, x, version in tensors if x._version != version)
+        if self.changed_inputs is None:
+            self.changed_inputs = changed
+        elif not changed <= self.changed_inputs:
+            raise LayerError(f"layer {self.name} changed an input in place, which it did not do the first time")
+        return [x.contiguous() if isinstance(x, Tensor) else x for x in leaves], spec

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from pipetrain.engine.signature import Signature
+from pipetrain.engine.structure import TensorSpec
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ class _Network:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self.turn = threading.Condition()
-        self.mail: dict[tuple[str, int, int, int], list[tuple[Tensor, ...]]] = {}
+        self.mail: dict[tuple[str, int, int, int], list[Tensor]] = {}
         self.round = [0] * num_ranks
         self.sums: dict[int, list[Tensor]] = {}
         self.waiting = 0
@@ -54,17 +54,14 @@ class _Delivered:
 class _Letter:
     network: _Network
     address: tuple[str, int, int, int]
-    signature: Signature | None
+    spec: TensorSpec | None
 
-    def wait(self) -> tuple[Tensor, ...]:
+    def wait(self) -> Tensor:
         self.network.wait_for(lambda: bool(self.network.mail.get(self.address)))
-        tensors = self.network.mail[self.address].pop(0)
-        if self.signature is not None:
-            got = [(tuple(t.shape), t.dtype) for t in tensors]
-            expected = [(spec.shape, spec.dtype) for spec in self.signature]
-            if got != expected:
-                raise RuntimeError(f"message {self.address} is {got}, but {expected} was posted")
-        return tensors
+        tensor = self.network.mail[self.address].pop(0)
+        if self.spec is not None and (tensor.shape, tensor.dtype) != (self.spec.shape, self.spec.dtype):
+            raise RuntimeError(f"message {self.address} is {tensor.dtype} {tensor.shape}, but {self.spec} was posted")
+        return tensor
 
 
 class LocalTransport:
@@ -75,22 +72,21 @@ class LocalTransport:
         self.num_ranks = network.num_ranks
         self._network = network
 
-    def send(self, tensors: tuple[Tensor, ...], to_rank: int, tag: int, kind: str = "tensors") -> _Delivered:
+    def send(self, tensor: Tensor, to_rank: int, tag: int, kind: str = "tensor") -> _Delivered:
         address = (kind, self.rank, to_rank, tag)
-        self._network.mail.setdefault(address, []).append(
-            tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
-        )
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._network.mail.setdefault(address, []).append(copy)
         self._network.changed()
         return _Delivered()
 
-    def post(self, signature: Signature, from_rank: int, tag: int) -> _Letter:
-        return _Letter(self._network, ("tensors", from_rank, self.rank, tag), signature)
+    def post(self, spec: TensorSpec, from_rank: int, tag: int) -> _Letter:
+        return _Letter(self._network, ("tensor", from_rank, self.rank, tag), spec)
 
     def tell(self, data: Tensor, to_rank: int, tag: int) -> _Delivered:
-        return self.send((data,), to_rank, tag, kind="control")
+        return self.send(data, to_rank, tag, kind="control")
 
     def hear(self, like: Tensor, from_rank: int, tag: int) -> Tensor:
-        (data,) = _Letter(self._network, ("control", from_rank, self.rank, tag), None).wait()
+        data = _Letter(self._network, ("control", from_rank, self.rank, tag), None).wait()
         like.copy_(data)
         return like
 

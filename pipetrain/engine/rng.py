@@ -1,29 +1,63 @@
 """Draws of random layers that depend on what is computed, never on when or where.
 
-Before a layer runs, the device's generator is seeded from (run seed, step, layer name, micro-batch). A recompute seeds
-it the same way, so it sees the same dropout mask; a stage more or less changes nothing.
+Before a layer runs, the device's generator is seeded from (run seed, step, layer name, micro-batch); before each call
+of a module in it that may draw, once more, from the module's name in the unsplit model (and the number of the call,
+where a module is called several times). A recompute seeds the same way, so it sees the same dropout mask; a stage more
+or less changes nothing; and a plain loop over the unsplit model that seeds at the same places draws the same numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-from pipetrain.seeds import derive_seed
+from pipetrain.seeds import derive_seed, name_of_call
+
+_DRAWING = (
+    nn.modules.dropout._DropoutNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+)
 
 
 class LayerRandomness:
     """Seeds the generator that the layers of one device draw from."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
+        self.device = device
         self._seed = seed
+        self._now = (0, 0)
+        self._calls: dict[str, int] = {}
         # torch.manual_seed reseeds every device and takes 0.7 ms; one generator takes a microsecond.
         self._generator: torch.Generator = (
             torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
         )
 
+    def watch(self, module: nn.Module, full_name: Callable[[str], str]) -> None:
+        """Seeds before every call of a part of a layer that may draw."""
+        for local, part in module.named_modules():
+            if local and _may_draw(part):
+                self._watch_one(part, full_name(local))
+
+    def _watch_one(self, part: nn.Module, name: str) -> None:
+        def seed(module: nn.Module, args: object) -> None:
+            if module.training:
+                self._calls[name] = self._calls.get(name, 0) + 1
+                step, microbatch = self._now
+                self._generator.manual_seed(
+                    derive_seed(self._seed, step, name_of_call(name, self._calls[name]), microbatch)
+                )
+
+        part.register_forward_pre_hook(seed)
+
     def before(self, layer: str, step: int, microbatch: int) -> None:
         """Makes the next draws those of this layer, step and micro-batch."""
+        self._now = (step, microbatch)
+        self._calls.clear()
         self._generator.manual_seed(derive_seed(self._seed, step, layer, microbatch))
 
     @contextmanager
@@ -34,3 +68,11 @@ class LayerRandomness:
             yield
         finally:
             self._generator.set_state(state)
+
+
+def _may_draw(part: nn.Module) -> bool:
+    """torch's own modules are known; of others, those without parts: whatever they do, they do themselves."""
+    if isinstance(part, _DRAWING):
+        return True
+    is_torchs_own = type(part).__module__.startswith("torch.nn.")
+    return not is_torchs_own and next(part.children(), None) is None

@@ -10,22 +10,26 @@ where they meet once, for the loss, the norm of the gradient and the measurement
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from pipetrain.engine.clock import clock_for
-from pipetrain.engine.layer import Tensors
+from pipetrain.engine.loss import Tensors
+from pipetrain.engine.message import Values
 from pipetrain.engine.microbatch import split
 from pipetrain.engine.report import Reporter, StepReport
-from pipetrain.engine.signature import Signature, decode, encode, key_of
 from pipetrain.engine.stage import Stage
+from pipetrain.engine.structure import decode, encode, key_of
 from pipetrain.engine.tied import Tie, followers, share_memory, sum_gradients
-from pipetrain.engine.transport import TENSORS_PER_MESSAGE, Posted, Sent, Transport
+from pipetrain.engine.transport import Posted, Sent, Transport
 from pipetrain.errors import StageFailed
-from pipetrain.schedule import Action, Kind, Schedule, Span
+from pipetrain.schedule import BATCH, Action, Kind, Schedule, Span
 
-_KEY_TAG, _SIGNATURE_TAG = 1 << 20, 1 << 21
-_SIGNATURE_BYTES = 4096
+_KEY_TAG, _STRUCTURE_TAG = 1 << 20, 1 << 21
+# A forward or backward of (stage, peer, micro-batch), seen from the stage.
+_Message = tuple[Kind, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,7 @@ class Program:
     """One rank's part of a schedule that all ranks have agreed on."""
 
     actions: tuple[Action, ...]
-    placement: tuple[int, ...]
-    num_microbatches: int
+    schedule: Schedule
     trains: bool
     recomputed: frozenset[tuple[int, int]]
 
@@ -73,8 +76,8 @@ class Runtime:
         # What this rank's optimizer steps. Two uses of a tied parameter on one rank share their memory: one of them.
         self.own_parameters = {name: p for name, p in self.parameters.items() if name not in follow}
         self._reporter = Reporter(stages, num_stages, ties, transport, device, memory_bytes)
-        self._told: set[tuple[int, int]] = set()
-        self._arriving: dict[tuple[int, int], Signature] = {}
+        self._told: set[tuple[int, int, int]] = set()
+        self._heard: set[tuple[int, int, int]] = set()
         self._do: dict[Kind, Callable[[Action], None]] = {
             Kind.FORWARD: self._forward,
             Kind.RECOMPUTE: self._recompute,
@@ -82,8 +85,8 @@ class Runtime:
             Kind.UPDATE: self._update,
             Kind.SEND_FORWARD: self._send_forward,
             Kind.RECEIVE_FORWARD: self._receive_forward,
-            Kind.SEND_BACKWARD: self._send_backward,
-            Kind.RECEIVE_BACKWARD: self._receive_backward,
+            Kind.SEND_BACKWARD: partial(self._send, Kind.BACKWARD),
+            Kind.RECEIVE_BACKWARD: partial(self._receive, Kind.BACKWARD),
         }
 
     # ---- the public face -------------------------------------------------------------------------------------
@@ -97,8 +100,7 @@ class Runtime:
         self._agree(schedule)
         return Program(
             actions=schedule.actions[self.transport.rank],
-            placement=schedule.placement,
-            num_microbatches=schedule.num_microbatches,
+            schedule=schedule,
             trains=any(action.kind is Kind.BACKWARD for action in schedule),
             recomputed=frozenset((a.stage, a.microbatch) for a in schedule if a.kind is Kind.RECOMPUTE),
         )
@@ -167,16 +169,15 @@ class Runtime:
         self, program: Program, step: int, inputs: Tensors | None, targets: Tensors | None, *, training: bool
     ) -> None:
         self._program = program
-        self._inputs = split(inputs, program.num_microbatches) if 0 in self.stages and inputs is not None else []
-        last = self._num_stages - 1
-        self._targets = split(targets, program.num_microbatches) if last in self.stages and targets is not None else []
+        last, num_microbatches = self._num_stages - 1, program.schedule.num_microbatches
+        self._inputs = split(inputs, num_microbatches) if 0 in self.stages and inputs is not None else []
+        self._targets = split(targets, num_microbatches) if last in self.stages and targets is not None else []
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._looking = False
         self._report: StepReport | None = None
-        self._outputs: dict[tuple[int, int], Tensors] = {}
-        self._input_gradients: dict[tuple[int, int], Tensors] = {}
-        self._posted: dict[tuple[Kind, int, int], Posted] = {}
-        self._sent: dict[tuple[Kind, int, int], Sent] = {}
+        self._ready: dict[_Message, Tensor | None] = {}
+        self._posted: dict[_Message, Posted] = {}
+        self._sent: dict[_Message, Sent] = {}
         self._told_now: list[Sent] = []
         for stage in self.stages.values():
             stage.step = step
@@ -200,17 +201,19 @@ class Runtime:
         s, m = action.stage, action.microbatch
         stage, key = self.stages[s], self._keys[m]
         targets = self._targets[m] if stage.is_last else ()
-        inputs, needs_grad = self._take_inputs(s, m)
+        inputs = self._collect(Kind.FORWARD, s, m, key)
+        if s == 0:
+            stage.wiring.learn_batch(key, self._inputs[m])
+            inputs |= {(BATCH, place): tensor for place, tensor in enumerate(self._inputs[m])}
         start = self._clock.now()
         if self._looking:
-            outputs, place = stage.first_non_finite(m, inputs, targets)
+            values, place = stage.first_non_finite(m, inputs, targets, key)
             if place is not None:
                 self._culprits.setdefault(s, (place, m))
         else:
-            outputs = stage.forward(
+            values = stage.forward(
                 m,
                 inputs,
-                needs_grad=needs_grad,
                 targets=targets,
                 key=key,
                 for_backward=self._program.trains,
@@ -218,20 +221,8 @@ class Runtime:
             )
         self._clock.record(action, start)  # type: ignore[arg-type]
         if stage.is_last:
-            self._loss += outputs[0].detach()
-        else:
-            self._outputs[s, m] = outputs
-
-    def _take_inputs(self, s: int, m: int) -> tuple[Tensors, tuple[bool, ...]]:
-        if s == 0:
-            return self._inputs[m], (False,) * len(self._inputs[m])
-        if s - 1 in self.stages:
-            signature = self.stages[s - 1].signature(self._keys[m])
-            inputs = self._outputs.pop((s - 1, m))
-        else:
-            signature = self._arriving[s, self._keys[m]]
-            inputs = self._posted.pop((Kind.RECEIVE_FORWARD, s, m)).wait()
-        return inputs, tuple(spec.needs_grad for spec in signature)
+            self._loss += stage.loss_of(values)
+        self._make_ready(Kind.FORWARD, s, m, key, values)
 
     def _recompute(self, action: Action) -> None:
         start = self._clock.now()
@@ -240,75 +231,93 @@ class Runtime:
 
     def _backward(self, action: Action) -> None:
         s, m = action.stage, action.microbatch
-        stage = self.stages[s]
+        stage, key = self.stages[s], self._keys[m]
+        gradients = self._collect(Kind.BACKWARD, s, m, key)
         if stage.is_last:
-            (loss,) = stage.signature(self._keys[m])
-            gradients: Tensors = (torch.full(loss.shape, 1 / self._total, dtype=loss.dtype, device=self.device),)
-        elif s + 1 in self.stages:
-            gradients = self._input_gradients.pop((s + 1, m))
-        else:
-            gradients = self._posted.pop((Kind.RECEIVE_BACKWARD, s, m)).wait()
-            # Its gradient is here, so the output has arrived: this does not block.
-            self._sent.pop((Kind.SEND_FORWARD, s, m)).wait()
+            gradients[stage.loss_id] = stage.gradient_of_loss(key, self._total)
+        for to in self._program.schedule.destinations(Kind.FORWARD, s):
+            # Their gradients are here, so the values have arrived: this does not block.
+            if (sent := self._sent.pop((Kind.FORWARD, s, to, m), None)) is not None:
+                sent.wait()
         start = self._clock.now()
-        input_gradients = stage.backward(m, gradients)
+        gradients = stage.backward(m, gradients)
         self._clock.record(action, start)  # type: ignore[arg-type]
-        if s > 0:
-            self._input_gradients[s, m] = input_gradients
+        self._make_ready(Kind.BACKWARD, s, m, key, gradients)
 
     def _update(self, action: Action) -> None:
-        sum_gradients(self._ties, self.parameters, self._program.placement, self.transport)
-        self._report = self._reporter.reduce(float(self._loss), self._total, self._request, self._clock.spans())
+        sum_gradients(self._ties, self.parameters, self._program.schedule.placement, self.transport)
+        report = self._reporter.reduce(float(self._loss), self._total, self._request, self._clock.spans())
+        self._report = report
         start = self._clock.now()
-        self._on_update(self._report)
+        self._on_update(report)
+        if report.bad_stage is None:
+            self.stages[action.stage].update_statistics()
         self._clock.record(action, start)  # type: ignore[arg-type]
 
     # ---- messages --------------------------------------------------------------------------------------------
 
+    def _make_ready(self, kind: Kind, s: int, m: int, key: int, values: Values) -> None:
+        """Packs what a forward or backward has made for other stages."""
+        for to in self._program.schedule.destinations(kind, s):
+            layout = self.stages[s].wiring.layout(kind, key, s, to)
+            self._ready[kind, s, to, m] = layout.pack(values, self.device)
+
+    def _collect(self, kind: Kind, s: int, m: int, key: int) -> Values:
+        """Unpacks what other stages have made for a forward or backward; waits for what is on its way."""
+        wiring, values = self.stages[s].wiring, Values()
+        for source in self._program.schedule.sources(kind, s):
+            if source in self.stages:
+                message = self._ready.pop((kind, source, s, m))
+                if kind is Kind.FORWARD:
+                    wiring.learn(key, self.stages[source].wiring.told(key, s))
+            else:
+                posted = self._posted.pop((kind, s, source, m), None)
+                message = None if posted is None else posted.wait()
+            values |= wiring.layout(kind, key, source, s).unpack(message, self.device)
+        return values
+
+    def _send(self, kind: Kind, action: Action) -> None:
+        s, m, to = action.stage, action.microbatch, action.peer
+        message = self._ready.pop((kind, s, to, m))
+        if message is not None:
+            tag = self._tag(kind, s, to, m)
+            self._sent[kind, s, to, m] = self.transport.send(message, self._rank_of(to), tag)
+
+    def _receive(self, kind: Kind, action: Action) -> None:
+        s, m, source = action.stage, action.microbatch, action.peer
+        wire = self.stages[s].wiring.layout(kind, self._keys[m], source, s).wire
+        if wire is not None:
+            tag = self._tag(kind, source, s, m)
+            self._posted[kind, s, source, m] = self.transport.post(wire, self._rank_of(source), tag)
+
     def _send_forward(self, action: Action) -> None:
-        s, m = action.stage, action.microbatch
-        key, to_rank = self._keys[m], self._program.placement[s + 1]
-        tensors, signature = self._outputs.pop((s, m)), self.stages[s].signature(key)
-        if any(t.shape != spec.shape or t.dtype != spec.dtype for t, spec in zip(tensors, signature, strict=True)):
-            raise RuntimeError(
-                f"the output of stage {s} is {[tuple(t.shape) for t in tensors]}, but it was "
-                f"{[spec.shape for spec in signature]} for the same input shapes before: a shape must follow from them"
-            )
-        if (s, key) not in self._told:
-            self._told.add((s, key))
-            text = encode(signature)
-            if len(tensors) > TENSORS_PER_MESSAGE or len(text) > _SIGNATURE_BYTES:
-                raise RuntimeError(
-                    f"stage {s} sends {len(tensors)} tensors at once, at most {TENSORS_PER_MESSAGE} are possible"
-                )
-            data = torch.nn.functional.pad(text, (0, _SIGNATURE_BYTES - len(text)), value=ord(" "))
-            self._told_now.append(self.transport.tell(data, to_rank, _SIGNATURE_TAG + s))
-        self._sent[action.kind, s, m] = self.transport.send(tensors, to_rank, self._tag(s + 1, m, backward=False))
+        """Before the first message of a kind goes what its receiver must know of it."""
+        s, to, key = action.stage, action.peer, self._keys[action.microbatch]
+        if (s, to, key) not in self._told:
+            self._told.add((s, to, key))
+            data = encode(self.stages[s].wiring.told(key, to))
+            for part in (torch.tensor([len(data)]), data):
+                self._told_now.append(self.transport.tell(part, self._rank_of(to), _STRUCTURE_TAG + s))
+        self._send(Kind.FORWARD, action)
 
     def _receive_forward(self, action: Action) -> None:
-        s, m = action.stage, action.microbatch
-        key, from_rank = self._keys[m], self._program.placement[s - 1]
-        if (s, key) not in self._arriving:
-            data = torch.empty(_SIGNATURE_BYTES, dtype=torch.uint8)
-            self._arriving[s, key] = decode(self.transport.hear(data, from_rank, _SIGNATURE_TAG + s - 1))
-        tag = self._tag(s, m, backward=False)
-        self._posted[action.kind, s, m] = self.transport.post(self._arriving[s, key], from_rank, tag)
+        s, source, key = action.stage, action.peer, self._keys[action.microbatch]
+        if (source, s, key) not in self._heard:
+            self._heard.add((source, s, key))
+            rank, tag = self._rank_of(source), _STRUCTURE_TAG + source
+            size = int(self.transport.hear(torch.zeros(1, dtype=torch.int64), rank, tag))
+            data = self.transport.hear(torch.empty(size, dtype=torch.uint8), rank, tag)
+            self.stages[s].wiring.learn(key, decode(data))
+        self._receive(Kind.FORWARD, action)
 
-    def _send_backward(self, action: Action) -> None:
-        s, m = action.stage, action.microbatch
-        gradients = self._input_gradients.pop((s, m))
-        to_rank = self._program.placement[s - 1]
-        self._sent[action.kind, s, m] = self.transport.send(gradients, to_rank, self._tag(s, m, backward=True))
+    def _rank_of(self, stage: int) -> int:
+        return self._program.schedule.placement[stage]
 
-    def _receive_backward(self, action: Action) -> None:
-        s, m = action.stage, action.microbatch
-        expected, from_rank = self.stages[s].gradients_expected(m), self._program.placement[s + 1]
-        tag = self._tag(s + 1, m, backward=True)
-        self._posted[action.kind, s, m] = self.transport.post(expected, from_rank, tag)
-
-    def _tag(self, border: int, m: int, *, backward: bool) -> int:
-        """A number of its own for each message of a step; `border` is the stage behind it."""
-        return (border * self._program.num_microbatches + m) * 2 + backward
+    def _tag(self, kind: Kind, from_stage: int, to_stage: int, m: int) -> int:
+        """A number of its own for each message of a step."""
+        schedule = self._program.schedule
+        pair = from_stage * schedule.num_stages + to_stage
+        return (pair * schedule.num_microbatches + m) * 2 + (kind is Kind.BACKWARD)
 
     # ---- agreements ------------------------------------------------------------------------------------------
 
@@ -327,7 +336,7 @@ class Runtime:
     def _agree_on_keys(self, training: bool) -> list[int]:
         """What kind each micro-batch of this step is; the first rank says it, each passes it on."""
         rank, program = self.transport.rank, self._program
-        keys = torch.zeros(program.num_microbatches, dtype=torch.int64)
+        keys = torch.zeros(program.schedule.num_microbatches, dtype=torch.int64)
         if rank == 0:
             keys = torch.tensor([key_of(inputs, training) for inputs in self._inputs])
         else:

@@ -1,43 +1,37 @@
 """One stage: its layers, and what it keeps of the micro-batches in flight."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import TreeSpec
 
-from pipetrain.engine.layer import Layer, LayerGraph, Tensors
+from pipetrain.engine.batchnorm import MiniBatchStatistics
+from pipetrain.engine.buffers import SavedBuffers
+from pipetrain.engine.layer import Layer, LayerGraph
+from pipetrain.engine.loss import Loss, LossSum, Tensors
+from pipetrain.engine.message import ValueId, Values
 from pipetrain.engine.rng import LayerRandomness
-from pipetrain.engine.signature import Signature, gradients_of, signature_of
-
-# (output of the last layer, target tensors of the micro-batch) -> sum of the loss over its valid tokens or samples
-LossSum = Callable[[Any, Tensors], Tensor]
-
-
-class _Loss(nn.Module):
-    """The loss as one more layer behind the last one: it takes the outputs and gives the sum."""
-
-    def __init__(self, loss_sum: LossSum) -> None:
-        super().__init__()
-        self._loss_sum = loss_sum
-        self.targets: Tensors = ()
-
-    def forward(self, *outputs: Tensor) -> Tensor:
-        return self._loss_sum(outputs if len(outputs) > 1 else outputs[0], self.targets)
+from pipetrain.engine.structure import TensorSpec, describe, same_kind, structure_of
+from pipetrain.engine.wiring import Inputs, Wiring
+from pipetrain.errors import LayerError
+from pipetrain.schedule import Dataflow
 
 
 @dataclass
 class _InFlight:
-    """A micro-batch between its forward and its backward."""
+    """A micro-batch between its forward and its backward. `inputs` and `buffers` are for a recompute to start from."""
 
-    inputs: Tensors
-    needs_grad: tuple[bool, ...]
-    targets: Tensors
     key: int
-    graphs: list[LayerGraph] = field(default_factory=list)
+    targets: Tensors
+    inputs: Values = field(default_factory=dict)
+    buffers: dict[int, SavedBuffers] = field(default_factory=dict)
+    graphs: list[tuple[int, Inputs, LayerGraph]] = field(default_factory=list)
 
 
 class Stage:
@@ -46,7 +40,8 @@ class Stage:
     def __init__(
         self,
         index: int,
-        layers: Sequence[tuple[str, nn.Module]],
+        layers: Sequence[tuple[str, str, nn.Module]],
+        dataflow: Dataflow,
         *,
         device: torch.device,
         seed: int,
@@ -56,24 +51,35 @@ class Stage:
         """
         Args:
             index: which stage this is.
-            layers: (name in the unsplit model, module), the modules on `device`.
+            layers: (name, prefix of its parameters' names in the unsplit model, module), the modules on `device`.
+            dataflow: of the whole model, cut as it is.
             seed: the run's; random layers draw from it.
             loss_sum: on the last stage only.
             autocast_dtype: None computes in the parameters' own precision.
         """
         self.index = index
-        self.layers = [Layer(name, module) for name, module in layers]
+        self.layers = [Layer(*layer) for layer in layers]
         self.step = 0
         self.random = LayerRandomness(device, seed)
+        self.wiring = Wiring(dataflow, index)
         # One context for each action. Its weight cache is off: it would outlive an update of the weights.
         self._autocast: Callable[[], AbstractContextManager[object]] = (
             nullcontext
             if autocast_dtype is None
             else partial(torch.autocast, device.type, dtype=autocast_dtype, cache_enabled=False)
         )
-        self._loss = _Loss(loss_sum) if loss_sum is not None else None
+        self._loss = Loss(loss_sum) if loss_sum is not None else None
+        self._all = [*self.layers, Layer("loss", "loss.", self._loss)] if self._loss is not None else self.layers
+        self._first = dataflow.stage_of.index(index)
         self._in_flight: dict[int, _InFlight] = {}
-        self._signatures: dict[int, Signature] = {}
+        for layer in self.layers:
+            self.random.watch(layer.module, layer.full_name)
+        self._statistics = [
+            MiniBatchStatistics(layer.full_name(name), module)
+            for layer in self.layers
+            for name, module in layer.module.named_modules()
+            if isinstance(module, _BatchNorm)
+        ]
 
     @property
     def is_last(self) -> bool:
@@ -83,7 +89,7 @@ class Stage:
         """Parameters under their names in the unsplit model, in its order. Each use of a tied one is listed."""
         for layer in self.layers:
             for name, parameter in layer.module.named_parameters():
-                yield f"{layer.name}.{name}", parameter
+                yield layer.full_name(name), parameter
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Persistent buffers under their names in the unsplit model."""
@@ -91,112 +97,203 @@ class Stage:
             persistent = layer.module.state_dict().keys()
             for name, buffer in layer.module.named_buffers():
                 if name in persistent:
-                    yield f"{layer.name}.{name}", buffer
+                    yield layer.full_name(name), buffer
 
     def train(self, mode: bool) -> None:
-        """Switches dropout and its like on or off."""
+        """Switches dropout and its like on or off, and starts a new mini-batch."""
         for layer in self.layers:
             layer.module.train(mode)
+        for statistics in self._statistics:
+            statistics.forget()
 
-    def signature(self, key: int) -> Signature:
-        """What the outputs of a micro-batch of this key look like; known after its first forward."""
-        return self._signatures[key]
+    def update_statistics(self) -> None:
+        """Moves the running statistics of all BatchNorms by those of the mini-batch."""
+        for statistics in self._statistics:
+            statistics.update()
 
     def forward(
-        self,
-        microbatch: int,
-        inputs: Tensors,
-        *,
-        needs_grad: tuple[bool, ...],
-        targets: Tensors,
-        key: int,
-        for_backward: bool,
-        keep_graph: bool,
-    ) -> Tensors:
+        self, microbatch: int, inputs: Values, *, targets: Tensors, key: int, for_backward: bool, keep_graph: bool
+    ) -> Values:
         """Runs all layers.
 
         Args:
-            needs_grad: which inputs want a gradient.
+            inputs: what the layers take of other stages and of the mini-batch.
             targets: what the loss compares with; used on the last stage.
-            key: the kind of micro-batch, see `signature.key_of`.
+            key: the kind of micro-batch, see `structure.key_of`.
             for_backward: False in evaluation: nothing is kept.
             keep_graph: False where a recompute will come before the backward.
 
         Returns:
-            The outputs, or on the last stage the loss sum (a tuple of one scalar).
+            The values that other stages take; on the last stage with the loss sum among them.
         """
-        state = _InFlight(inputs, needs_grad, targets, key)
+        state = _InFlight(key, targets)
         if for_backward:
             self._in_flight[microbatch] = state
+            if not keep_graph:
+                state.inputs = dict(inputs)
         # Without a graph nothing tells which outputs want a gradient, so the first forward of a kind has one.
-        with_graph = for_backward and (keep_graph or key not in self._signatures)
-        outputs = self._run(microbatch, state, with_graph)
-        if key not in self._signatures:
-            flags = state.graphs[-1].needs_grad if with_graph else (False,) * len(outputs)
-            self._signatures[key] = signature_of(outputs, flags)
+        with_graph = for_backward and (keep_graph or not self.wiring.knows(key, self._first))
+        self._count_statistics(microbatch if for_backward else None)
+        values = self._run(microbatch, inputs, state, with_graph, keep_buffers=for_backward and not keep_graph)
+        if for_backward and self.is_last and with_graph:
+            self._check_gradient(key)
         if not keep_graph:
             state.graphs.clear()
-        return outputs
+        return values
 
     def recompute(self, microbatch: int) -> None:
         """Runs the forward again to have its graph."""
-        self._run(microbatch, self._in_flight[microbatch], with_graph=True)
+        state = self._in_flight[microbatch]
+        self._count_statistics(None)
+        self._run(microbatch, state.inputs, state, with_graph=True, rewind=True)
+        state.inputs, state.buffers = {}, {}
 
-    def backward(self, microbatch: int, gradients: Tensors) -> Tensors:
+    def backward(self, microbatch: int, gradients: Values) -> Values:
         """Runs all layers backwards, adding to the `.grad` of their parameters.
 
         Args:
-            gradients: of the outputs that want one; on the last stage that of the loss sum.
+            gradients: of the values that others used, as summed so far; on the last stage that of the loss sum.
 
         Returns:
-            The gradients of the inputs that want one.
+            The gradients, as summed so far, of the values that came from other stages.
         """
-        state = self._in_flight.pop(microbatch)
-        while state.graphs:
-            gradients = state.graphs.pop().backward(gradients)
+        graphs = self._in_flight.pop(microbatch).graphs
+        while graphs:
+            number, inputs, graph = graphs.pop()
+            own = {leaf: gradients.pop((layer, leaf)) for layer, leaf in list(gradients) if layer == number}
+            for value, share in zip(inputs.wanting_gradients, graph.backward(own), strict=True):
+                gradients[value] = gradients[value] + share if value in gradients else share
         return gradients
 
-    def gradients_expected(self, microbatch: int) -> Signature:
-        """What the next stage will send back for a micro-batch in flight."""
-        return gradients_of(self._signatures[self._in_flight[microbatch].key])
+    def loss_of(self, values: Values) -> Tensor:
+        """The loss sum among what `forward` returned on the last stage."""
+        loss: Tensor = values[self.loss_id]
+        return loss
 
-    def first_non_finite(self, microbatch: int, inputs: Tensors, targets: Tensors) -> tuple[Tensors, int | None]:
+    def gradient_of_loss(self, key: int, total: float) -> Tensor:
+        """What a backward starts from: the mini-batch's loss is the sum over its micro-batches divided by `total`."""
+        (kind,) = self.wiring.structure(key, self.loss_id[0]).leaves
+        assert isinstance(kind, TensorSpec)
+        return torch.full((), 1 / total, dtype=kind.dtype, device=self.random.device)
+
+    @property
+    def loss_id(self) -> ValueId:
+        return self._first + len(self.layers), 0
+
+    def first_non_finite(
+        self, microbatch: int, inputs: Values, targets: Tensors, key: int
+    ) -> tuple[Values, int | None]:
         """Runs the forward and looks at every output.
 
         Returns:
-            The outputs, and the first layer (its place in this stage) with a NaN or infinite output, or None.
+            The values for other stages, and the first layer (its place in this stage) with a NaN or infinite output,
+            or None.
         """
         culprits: list[int] = []
 
-        def look(place: int, outputs: Tensors) -> None:
-            if not all(bool(out.isfinite().all()) for out in outputs if out.is_floating_point()):
+        def look(place: int, leaves: Sequence[Any]) -> None:
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
                 culprits.append(place)
 
-        state = _InFlight(inputs, (False,) * len(inputs), targets, key=0)
-        outputs = self._run(microbatch, state, with_graph=False, look=look)
-        return outputs, culprits[0] if culprits else None
+        self._count_statistics(None)
+        values = self._run(microbatch, inputs, _InFlight(key, targets), with_graph=False, look=look)
+        return values, culprits[0] if culprits else None
+
+    def _count_statistics(self, microbatch: int | None) -> None:
+        for statistics in self._statistics:
+            statistics.microbatch = microbatch
 
     def _run(
         self,
         microbatch: int,
+        inputs: Values,
         state: _InFlight,
         with_graph: bool,
-        look: Callable[[int, Tensors], None] | None = None,
-    ) -> Tensors:
-        values, needs_grad = state.inputs, state.needs_grad
-        layers = self.layers
+        *,
+        keep_buffers: bool = False,
+        rewind: bool = False,
+        look: Callable[[int, Sequence[Any]], None] | None = None,
+    ) -> Values:
+        values, key = dict(inputs), state.key
         if self._loss is not None:
             self._loss.targets = state.targets
-            layers = [*layers, Layer("loss", self._loss)]
         with self._autocast():
-            for place, layer in enumerate(layers):
+            for number, layer in enumerate(self._all, self._first):
                 self.random.before(layer.name, self.step, microbatch)
-                if with_graph:
-                    values, graph = layer.forward_with_graph(values, needs_grad)
-                    needs_grad = graph.needs_grad
-                    state.graphs.append(graph)
-                else:
-                    values = layer.forward(values)
+                wired = self.wiring.inputs(key, number)
+                taken = [values[value] for value in wired.values]
+                with ExitStack() as buffers:
+                    if layer.buffers and layer.module.training:
+                        if rewind:
+                            buffers.enter_context(layer.buffers.rewound(state.buffers.get(number, [])))
+                        else:
+                            saved = buffers.enter_context(layer.buffers.renewed())
+                            if keep_buffers:
+                                state.buffers[number] = saved
+                    if with_graph:
+                        leaves, spec, graph = layer.forward_with_graph(taken, wired.arrange, wired.needs_grad)
+                        state.graphs.append((number, wired, graph))
+                        needs_grad = graph.needs_grad
+                    else:
+                        leaves, spec = layer.forward(taken, wired.arrange)
+                        needs_grad = (False,) * len(leaves)
+                self._check_output(key, number, layer, leaves, spec, needs_grad, wired)
+                values.update({(number, leaf): value for leaf, value in enumerate(leaves)})
+                for value in wired.last_used_here:
+                    del values[value]
                 if look is not None:
-                    look(place, values)
+                    look(number - self._first, leaves)
         return values
+
+    def _check_output(
+        self,
+        key: int,
+        number: int,
+        layer: Layer,
+        leaves: list[Any],
+        spec: TreeSpec,
+        needs_grad: tuple[bool, ...],
+        wired: Inputs,
+    ) -> None:
+        """Learns what a layer's output looks like, or compares it with what was learned."""
+        if not self.wiring.knows(key, number):
+            try:
+                self.wiring.learn(key, {number: structure_of(leaves, spec, needs_grad)})
+            except TypeError as error:
+                raise LayerError(f"layer {layer.name}: {error}") from None
+            self._check_changed_inputs(number, layer, wired)
+            return
+        known = self.wiring.structure(key, number)
+        if spec != known.spec or not all(map(same_kind, leaves, known.leaves)):
+            now = structure_of(leaves, spec, needs_grad)
+            raise LayerError(
+                f"the output of layer {layer.name} is {describe(now.leaves)}, but for the same input shapes it was "
+                f"{describe(known.leaves)} before; only values of tensors and numbers may differ between micro-batches"
+            )
+
+    def _check_gradient(self, key: int) -> None:
+        """Without a gradient of the loss nothing can be trained; names the first layer of this stage that lost it."""
+        if self.wiring.needs_grad(key, self.loss_id):
+            return
+        for number, layer in enumerate(self._all, self._first):
+            has_one = self.wiring.inputs(key, number).wanting_gradients or any(
+                parameter.requires_grad for parameter in layer.module.parameters()
+            )
+            structure = self.wiring.structure(key, number)
+            if has_one and not any(isinstance(kind, TensorSpec) and kind.needs_grad for kind in structure.leaves):
+                raise LayerError(
+                    f"no gradient can pass layer {layer.name}: it returns {describe(structure.leaves)}; "
+                    "return floating-point tensors that depend on its input or its parameters"
+                )
+        raise LayerError("the loss does not depend on any parameter that can be trained")
+
+    def _check_changed_inputs(self, number: int, layer: Layer, wired: Inputs) -> None:
+        """A layer changes copies of its inputs; elsewhere the value stays. In the unsplit model it would not."""
+        for place in layer.changed_inputs or ():
+            later = [user for user in self.wiring.users(wired.key, wired.values[place]) if user > number]
+            if later:
+                raise LayerError(
+                    f"layer {layer.name} changes in place what layer {self.wiring.name(later[0])} takes after it; let "
+                    "it compute a new tensor (inplace=False)"
+                )

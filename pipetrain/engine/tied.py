@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipetrain.engine.signature import signature_of
+from pipetrain.engine.structure import TensorSpec
 from pipetrain.engine.transport import Posted, Sent, Transport
 
-_TAG = 1 << 24  # above every tag of the schedule's messages
+_TAG = 1 << 29  # above every tag of the schedule's messages
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def sum_gradients(
     sent: list[Sent] = []
     for number, tie in enumerate(ties):
         ranks = sorted({placement[stage] for _, stage in tie.uses})
-        if transport.rank not in ranks:
+        here = [parameters[name] for name, _ in tie.uses if name in parameters]
+        if transport.rank not in ranks or not here[0].requires_grad:
             continue
         letters: dict[str, Posted] = {}
         own: dict[str, Tensor] = {}
@@ -55,11 +56,10 @@ def sum_gradients(
             if home == transport.rank:
                 parameter = parameters[name]
                 own[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                sent += [transport.send((own[name],), rank, tag) for rank in ranks if rank != home]
+                sent += [transport.send(own[name], rank, tag) for rank in ranks if rank != home]
             else:
-                like = next(parameters[n] for n, _ in tie.uses if n in parameters)
-                letters[name] = transport.post(signature_of((like,), (False,)), home, tag)
-        gradients = [own[name] if name in own else letters[name].wait()[0] for name, _ in tie.uses]
+                letters[name] = transport.post(TensorSpec(tuple(here[0].shape), here[0].dtype, False), home, tag)
+        gradients = [own[name] if name in own else letters[name].wait() for name, _ in tie.uses]
         total = gradients[0].clone()
         for gradient in gradients[1:]:
             total += gradient

@@ -2,22 +2,20 @@
 
 What gloo asks for, and where it is kept: a `Work` handle that is dropped closes the connection (`Sent` and `Posted`
 hold it); `is_completed` never turns true before `wait` (nothing polls); a buffer of another size than the message is
-filled in part or aborts the process (`runtime` agrees on every signature first, and `send` checks it). What NCCL asks
-for: one order of messages on all ranks (the schedule has it), and point-to-point traffic apart from collectives (its
-own group).
+filled in part or aborts the process (`runtime` agrees on every structure first, and `message` checks it). What NCCL
+asks for: one order of messages on all ranks (the schedule has it), and point-to-point traffic apart from collectives
+(its own group).
 """
 
 import datetime
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipetrain.engine.signature import Signature
-
-TENSORS_PER_MESSAGE = 64  # at most; the tensors of one message take neighbouring tags
+from pipetrain.engine.structure import TensorSpec
 
 
 class PeerLost(RuntimeError):
@@ -46,10 +44,10 @@ class Sent(Protocol):
 
 
 class Posted(Protocol):
-    """A message to come, with its buffers."""
+    """A message to come, with its buffer."""
 
-    def wait(self) -> tuple[Tensor, ...]:
-        """Returns the tensors when they are there."""
+    def wait(self) -> Tensor:
+        """Returns the tensor when it is there."""
 
 
 class Transport(Protocol):
@@ -58,10 +56,10 @@ class Transport(Protocol):
     rank: int
     num_ranks: int
 
-    def send(self, tensors: tuple[Tensor, ...], to_rank: int, tag: int) -> Sent:
+    def send(self, tensor: Tensor, to_rank: int, tag: int) -> Sent:
         """Starts a message and returns at once."""
 
-    def post(self, signature: Signature, from_rank: int, tag: int) -> Posted:
+    def post(self, spec: TensorSpec, from_rank: int, tag: int) -> Posted:
         """Makes room for a message and returns at once."""
 
     def tell(self, data: Tensor, to_rank: int, tag: int) -> Sent:
@@ -75,23 +73,24 @@ class Transport(Protocol):
 
 
 @dataclass
-class _Works:
-    """Handles and tensors of one message: both must live until the message is through."""
+class _OnItsWay:
+    """Handle and tensor of one message: both must live until the message is through."""
 
-    works: list[dist.Work] = field(default_factory=list)
-    tensors: tuple[Tensor, ...] = ()
+    work: dist.Work | None
+    tensor: Tensor | None
 
-    def wait(self) -> tuple[Tensor, ...]:
-        with _PEERS_MAY_BE_LOST:
-            for work in self.works:
-                work.wait()
-        return self.tensors
+    def wait(self) -> Tensor:
+        assert self.tensor is not None
+        if self.work is not None:
+            with _PEERS_MAY_BE_LOST:
+                self.work.wait()
+        return self.tensor
 
 
-class _SentWorks(_Works):
+class _Leaving(_OnItsWay):
     def wait(self) -> None:  # type: ignore[override]
         super().wait()
-        self.works, self.tensors = [], ()
+        self.work, self.tensor = None, None
 
 
 class DistributedTransport:
@@ -106,27 +105,18 @@ class DistributedTransport:
         else:
             self._group = dist.new_group(timeout=timeout)
 
-    def send(self, tensors: tuple[Tensor, ...], to_rank: int, tag: int) -> Sent:
+    def send(self, tensor: Tensor, to_rank: int, tag: int) -> Sent:
         with _PEERS_MAY_BE_LOST:
-            works = [
-                dist.isend(tensor, to_rank, group=self._group, tag=tag * TENSORS_PER_MESSAGE + slot)
-                for slot, tensor in enumerate(tensors)
-            ]
-        return _SentWorks([work for work in works if work is not None], tensors)
+            return _Leaving(dist.isend(tensor, to_rank, group=self._group, tag=tag), tensor)
 
-    def post(self, signature: Signature, from_rank: int, tag: int) -> Posted:
-        buffers = tuple(spec.empty(self._device) for spec in signature)
+    def post(self, spec: TensorSpec, from_rank: int, tag: int) -> Posted:
+        buffer = spec.empty(self._device)
         with _PEERS_MAY_BE_LOST:
-            works = [
-                dist.irecv(buffer, from_rank, group=self._group, tag=tag * TENSORS_PER_MESSAGE + slot)
-                for slot, buffer in enumerate(buffers)
-            ]
-        return _Works([work for work in works if work is not None], buffers)
+            return _OnItsWay(dist.irecv(buffer, from_rank, group=self._group, tag=tag), buffer)
 
     def tell(self, data: Tensor, to_rank: int, tag: int) -> Sent:
         with _PEERS_MAY_BE_LOST:
-            work = dist.isend(data, to_rank, tag=tag)
-        return _SentWorks([work] if work is not None else [], (data,))
+            return _Leaving(dist.isend(data, to_rank, tag=tag), data)
 
     def hear(self, like: Tensor, from_rank: int, tag: int) -> Tensor:
         with _PEERS_MAY_BE_LOST:

@@ -13,6 +13,8 @@ M = number of micro-batches. Stages, micro-batches, ranks and steps count from 0
     SEND_B   hand the input's gradient to the previous stage   2SEND_B0
     RECV_B   post the receive of the next stage's gradient     2RECV_B0
 
+A message between stages that are not neighbours (a skip) names the other one: 0>2SEND_F0 and 2<0RECV_F0.
+
 A generator (`synchronous`) emits compute actions only; the passes in `recompute` and `messages` add the
 rest. The same object is then verified, simulated, drawn and executed: an order is never written down twice.
 """
@@ -42,9 +44,12 @@ class Kind(Enum):
     __hash__ = object.__hash__
 
 
-MESSAGES = frozenset({Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD, Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD})
+# Where the other end of a message between neighbours is.
+_NEIGHBOUR = {Kind.SEND_FORWARD: +1, Kind.RECEIVE_FORWARD: -1, Kind.SEND_BACKWARD: -1, Kind.RECEIVE_BACKWARD: +1}
+MESSAGES = frozenset(_NEIGHBOUR)
+SENDS = frozenset({Kind.SEND_FORWARD, Kind.SEND_BACKWARD})
 
-_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|R|B|U)(\d*)")
+_TEXT = re.compile(r"(\d+)(?:[<>](\d+))?(SEND_F|RECV_F|SEND_B|RECV_B|F|R|B|U)(\d*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +57,29 @@ class Action:
     """One piece of work of one stage.
 
     `microbatch` is -1 for an update, which belongs to the whole mini-batch. `step` counts the
-    mini-batches inside one schedule: always 0 where a step ends with a flush.
+    mini-batches inside one schedule: always 0 where a step ends with a flush. `skips_to` is the stage at the other end
+    of a message, None where that is the neighbour; `message` sets it.
     """
 
     kind: Kind
     stage: int
     microbatch: int = -1
     step: int = 0
+    skips_to: int | None = None
+
+    @staticmethod
+    def message(kind: Kind, stage: int, peer: int, microbatch: int, step: int = 0) -> "Action":
+        """One end of a message: `stage` sends to or receives from `peer`."""
+        return Action(kind, stage, microbatch, step, None if peer == stage + _NEIGHBOUR[kind] else peer)
+
+    @property
+    def peer(self) -> int:
+        """The stage at the other end of a message."""
+        return self.stage + _NEIGHBOUR[self.kind] if self.skips_to is None else self.skips_to
 
     def __str__(self) -> str:
-        return f"{self.stage}{self.kind.value}" + ("" if self.microbatch < 0 else str(self.microbatch))
+        arrow = "" if self.skips_to is None else f"{'>' if self.kind in SENDS else '<'}{self.skips_to}"
+        return f"{self.stage}{arrow}{self.kind.value}" + ("" if self.microbatch < 0 else str(self.microbatch))
 
     @staticmethod
     def parse(text: str) -> "Action":
@@ -71,11 +89,23 @@ class Action:
             ScheduleError: if the text is no action.
         """
         match = _TEXT.fullmatch(text.strip())
-        if match is None or (match[2] == "U") != (match[3] == ""):
+        if match is None or (match[3] == "U") != (match[4] == "") or (match[2] and "_" not in match[3]):
             raise ScheduleError(
                 f"{text!r} is no action; expected <stage><kind><micro-batch>, such as 2F0, 1SEND_F3 or 2U"
             )
-        return Action(Kind(match[2]), int(match[1]), int(match[3] or -1))
+        return Action(Kind(match[3]), int(match[1]), int(match[4] or -1), skips_to=int(match[2]) if match[2] else None)
+
+
+@dataclass(frozen=True)
+class Skips:
+    """The messages between stages that are not neighbours: (from, to) pairs, sorted.
+
+    Neighbours always exchange messages. A value that skips stages goes straight from the stage that makes it to those
+    that use it; its gradient goes from each of them to the one before it, and from the first to the stage that made it.
+    """
+
+    forward: tuple[tuple[int, int], ...] = ()
+    backward: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +119,7 @@ class Schedule:
     num_microbatches: int
     placement: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
+    skips: Skips = Skips()
 
     @property
     def num_stages(self) -> int:
@@ -111,9 +142,23 @@ class Schedule:
         """The schedule without its messages."""
         return self.with_actions(tuple(tuple(a for a in row if a.kind not in MESSAGES) for row in self.actions))
 
+    def sources(self, kind: Kind, stage: int) -> list[int]:
+        """The stages that a forward or backward of `stage` gets messages from, neighbour first."""
+        if kind is Kind.FORWARD:
+            return [stage - 1] * (stage > 0) + [source for source, to in self.skips.forward if to == stage]
+        last = stage == self.num_stages - 1
+        return [stage + 1] * (not last) + [source for source, to in self.skips.backward if to == stage]
+
+    def destinations(self, kind: Kind, stage: int) -> list[int]:
+        """The stages that a forward or backward of `stage` sends messages to, neighbour first."""
+        if kind is Kind.FORWARD:
+            last = stage == self.num_stages - 1
+            return [stage + 1] * (not last) + [to for source, to in self.skips.forward if source == stage]
+        return [stage - 1] * (stage > 0) + [to for source, to in self.skips.backward if source == stage]
+
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical text; ranks that are to run together must agree on it."""
         rows = [" ".join(map(str, row)) for row in self.actions]
-        text = "\n".join([self.name, str(self.num_microbatches), str(self.placement), *rows])
+        text = "\n".join([self.name, str(self.num_microbatches), str(self.placement), str(self.skips), *rows])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -11,9 +11,14 @@ it: the receiving rank has posted it before it computes, and the transfer runs b
 from pipetrain.schedule.action import Action, Kind, Schedule
 from pipetrain.schedule.timeline import Span, timeline
 
+_ENDS = {
+    Kind.FORWARD: (Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD),
+    Kind.BACKWARD: (Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD),
+}
+
 
 def add_messages(schedule: Schedule) -> Schedule:
-    """Inserts SEND and RECV actions wherever neighbouring stages live on different ranks."""
+    """Inserts SEND and RECV actions wherever a stage hands a result to one on another rank."""
     rows: list[list[Action]] = [[] for _ in schedule.actions]
     for span in sorted(timeline(schedule), key=_message_order):
         action = span.action
@@ -35,11 +40,12 @@ def _message_order(span: Span) -> tuple[float, int, int]:
 
 
 def _messages_of(schedule: Schedule, action: Action) -> list[tuple[Action, Action]]:
-    s, m, step = action.stage, action.microbatch, action.step
-    if action.kind is Kind.FORWARD and s + 1 < schedule.num_stages:
-        pair = Action(Kind.SEND_FORWARD, s, m, step), Action(Kind.RECEIVE_FORWARD, s + 1, m, step)
-    elif action.kind is Kind.BACKWARD and s > 0:
-        pair = Action(Kind.SEND_BACKWARD, s, m, step), Action(Kind.RECEIVE_BACKWARD, s - 1, m, step)
-    else:
+    if action.kind not in _ENDS:
         return []
-    return [pair] if schedule.placement[pair[0].stage] != schedule.placement[pair[1].stage] else []
+    send, receive = _ENDS[action.kind]
+    s, m, step = action.stage, action.microbatch, action.step
+    return [
+        (Action.message(send, s, to, m, step), Action.message(receive, to, s, m, step))
+        for to in schedule.destinations(action.kind, s)
+        if schedule.placement[s] != schedule.placement[to]
+    ]

@@ -14,14 +14,13 @@ from pipetrain.schedule.show import mark
 from pipetrain.schedule.timeline import needs
 
 _PARTNER = {
-    Kind.SEND_FORWARD: (Kind.RECEIVE_FORWARD, +1),
-    Kind.RECEIVE_FORWARD: (Kind.SEND_FORWARD, -1),
-    Kind.SEND_BACKWARD: (Kind.RECEIVE_BACKWARD, -1),
-    Kind.RECEIVE_BACKWARD: (Kind.SEND_BACKWARD, +1),
+    Kind.SEND_FORWARD: Kind.RECEIVE_FORWARD,
+    Kind.RECEIVE_FORWARD: Kind.SEND_FORWARD,
+    Kind.SEND_BACKWARD: Kind.RECEIVE_BACKWARD,
+    Kind.RECEIVE_BACKWARD: Kind.SEND_BACKWARD,
 }
-
-
 _PRODUCER = {Kind.SEND_FORWARD: Kind.FORWARD, Kind.SEND_BACKWARD: Kind.BACKWARD}
+_RECEIVE = {Kind.FORWARD: Kind.RECEIVE_FORWARD, Kind.BACKWARD: Kind.RECEIVE_BACKWARD}
 
 
 def verify(schedule: Schedule) -> Schedule:
@@ -111,8 +110,7 @@ def _check_pairs(schedule: Schedule) -> None:
 
 
 def _partner(action: Action) -> Action:
-    kind, offset = _PARTNER[action.kind]
-    return Action(kind, action.stage + offset, action.microbatch, action.step)
+    return Action.message(_PARTNER[action.kind], action.peer, action.stage, action.microbatch, action.step)
 
 
 def _producer(send: Action) -> Action:
@@ -152,12 +150,12 @@ def _check_progress(schedule: Schedule) -> None:
 
 
 def _receives_for(schedule: Schedule, action: Action) -> list[Action]:
-    """The receive that brings a compute action its input from another rank."""
-    s, m, step = action.stage, action.microbatch, action.step
-    if action.kind is Kind.FORWARD and s > 0:
-        receive, source = Action(Kind.RECEIVE_FORWARD, s, m, step), s - 1
-    elif action.kind is Kind.BACKWARD and s + 1 < schedule.num_stages:
-        receive, source = Action(Kind.RECEIVE_BACKWARD, s, m, step), s + 1
-    else:
+    """The receives that bring a compute action its input from other ranks."""
+    if action.kind not in _RECEIVE:
         return []
-    return [receive] if schedule.placement[source] != schedule.placement[s] else []
+    s, m, step = action.stage, action.microbatch, action.step
+    return [
+        Action.message(_RECEIVE[action.kind], s, source, m, step)
+        for source in schedule.sources(action.kind, s)
+        if schedule.placement[source] != schedule.placement[s]
+    ]

@@ -16,7 +16,7 @@ from pipetrain.engine.stage import Stage
 from pipetrain.engine.tied import Tie
 from pipetrain.engine.transport import Transport
 from pipetrain.models import Recipe
-from pipetrain.partition.split import stages_of_ties, take_stage
+from pipetrain.partition.split import dataflow_of, stages_of_ties, take_stage
 from pipetrain.sim.balance import even
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp64": None}
@@ -52,7 +52,8 @@ def build_runtime(
     layers = take_stage(recipe, balance, index, seed=cfg.seed, device=device)
     stage = Stage(
         index,
-        [(name, module.double()) for name, module in layers] if cfg.precision == "fp64" else layers,
+        [(name, prefix, module.double()) for name, prefix, module in layers] if cfg.precision == "fp64" else layers,
+        dataflow_of(recipe, balance),
         device=device,
         seed=cfg.seed,
         loss_sum=recipe.loss_sum if index == num_stages - 1 else None,

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 
 from pipetrain.data.batches import TextBatches
-from pipetrain.engine.layer import Tensors
+from pipetrain.engine.loss import Tensors
 from pipetrain.engine.runtime import Program, Runtime
-from pipetrain.schedule import build_forward_only
+from pipetrain.schedule import Skips, build_forward_only
 
 
 class Evaluator:
@@ -18,6 +18,7 @@ class Evaluator:
         self,
         runtime: Runtime,
         num_stages: int,
+        skips: Skips,
         num_microbatches: int,
         count: Callable[[Tensors], int],
     ) -> None:
@@ -27,6 +28,7 @@ class Evaluator:
         """
         self._runtime = runtime
         self._num_stages = num_stages
+        self._skips = skips
         self._num_microbatches = num_microbatches
         self._count = count
         self._programs: dict[int, Program] = {}
@@ -74,6 +76,6 @@ class Evaluator:
     def _program(self, num_microbatches: int) -> Program:
         """Every rank meets the sizes in the same order, so they agree on each schedule once, together."""
         if num_microbatches not in self._programs:
-            schedule = build_forward_only(self._num_stages, num_microbatches)
+            schedule = build_forward_only(self._num_stages, num_microbatches, self._skips)
             self._programs[num_microbatches] = self._runtime.prepare(schedule)
         return self._programs[num_microbatches]

@@ -10,10 +10,11 @@ import torch
 
 from pipetrain import config, schedule
 from pipetrain.config import TextConfig, num_microbatches
-from pipetrain.engine.layer import Tensors
+from pipetrain.engine.loss import Tensors
 from pipetrain.engine.report import StepReport
 from pipetrain.engine.transport import Transport
 from pipetrain.errors import Exit, NonFiniteError, PipetrainError, StageFailed
+from pipetrain.partition.split import dataflow_of
 from pipetrain.schedule import Schedule, build_forward_only
 from pipetrain.training import checkpoint, state, status
 from pipetrain.training.build import balance_of, build_recipe, build_runtime, open_data, ties_of, to_device
@@ -78,8 +79,13 @@ class Trainer:
         recipe = self.recipe = build_recipe(cfg, job.tokens.vocab_size)
         balance = self.balance = balance_of(cfg, len(recipe.layers), transport.num_ranks)
         self.ties = ties_of(recipe, balance)
+        self.skips = dataflow_of(recipe, balance).skips()
         self.schedule: Schedule = schedule.build(
-            cfg.schedule, len(balance), num_microbatches(cfg), recompute=cfg.recompute == "always"
+            cfg.schedule,
+            len(balance),
+            num_microbatches(cfg),
+            recompute=cfg.recompute == "always",
+            skips=self.skips,
         )
         self.runtime = build_runtime(cfg, recipe, balance, transport, device)
         self.program = self.runtime.prepare(self.schedule)
@@ -91,7 +97,7 @@ class Trainer:
             state.restore(reader, self.runtime, self.optimizer, self.ties)
             self.step = reader.manifest.step
         self.recorder = self._recorder() if job.record else None
-        self.evaluator = Evaluator(self.runtime, len(balance), num_microbatches(cfg), recipe.count)
+        self.evaluator = Evaluator(self.runtime, len(balance), self.skips, num_microbatches(cfg), recipe.count)
         plan = make_plan(self.schedule, job.devices, recipe, balance, self._count_parameters(), cfg.recompute)
         # The first rank is the one that writes.
         self.console: Console | None = None
@@ -172,7 +178,7 @@ class Trainer:
 
     def _explain_non_finite(self, report: StepReport, inputs: Tensors | None, targets: Tensors | None) -> None:
         """Repeats the forwards of the failed step, which gives the same numbers, and looks where it began."""
-        program = self.runtime.prepare(build_forward_only(len(self.balance), num_microbatches(self.cfg)))
+        program = self.runtime.prepare(build_forward_only(len(self.balance), num_microbatches(self.cfg), self.skips))
         found = self.runtime.find_non_finite(program, self.step, inputs, targets)
         if found is not None:
             stage, place, microbatch = found
@@ -201,7 +207,7 @@ class Trainer:
 
     def _recorder(self) -> Recorder:
         layers = [layer for stage in self.runtime.stages.values() for layer in stage.layers]
-        modules = ((f"{layer.name}.{n}", module) for layer in layers for n, module in layer.module.named_modules())
+        modules = ((layer.full_name(n), module) for layer in layers for n, module in layer.module.named_modules())
         return Recorder(lambda step: self.job.run.recorded(step, self.transport.rank), modules)
 
     def _record(self, report: StepReport) -> None:

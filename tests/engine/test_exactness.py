@@ -146,7 +146,8 @@ class TwoValues(nn.Module):
         self.table = nn.Embedding(9, 8)
         self.linear = nn.Linear(8, 8)
 
-    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, ids = pair
         return torch.tanh(self.linear(x)) + self.table(ids), (ids + 1) % 9
 
 
@@ -158,7 +159,7 @@ class Start(nn.Module):
 def test_messages_of_several_tensors_and_integers() -> None:
     recipe = Recipe(
         layers=(LayerRecipe("start", Start), *(LayerRecipe(f"layer{i}", TwoValues) for i in range(3))),
-        loss_sum=lambda outputs, targets: (outputs[0] - targets[0]).square().sum() + 0 * outputs[1].sum(),
+        loss_sum=lambda output, targets: (output[0] - targets[0]).square().sum() + 0 * output[1].sum(),
         count=lambda targets: len(targets[0]),
     )
     data = [(torch.randn(6, 8), torch.randn(6, 8)) for _ in range(3)]

@@ -1,5 +1,7 @@
 """The small parts of the engine, each for what it promises."""
 
+from typing import Any
+
 import pytest
 import torch
 from pipeline import CPU, build_runtime
@@ -8,12 +10,14 @@ from torch import Tensor, nn
 from pipetrain import schedule
 from pipetrain.engine.layer import Layer
 from pipetrain.engine.local import LocalTransport, run_ranks
+from pipetrain.engine.message import Layout
 from pipetrain.engine.microbatch import split
 from pipetrain.engine.rng import LayerRandomness
-from pipetrain.engine.signature import TensorSpec, decode, encode, gradients_of, key_of, signature_of
 from pipetrain.engine.stage import Stage
-from pipetrain.errors import StageFailed
+from pipetrain.engine.structure import decode, encode, flatten, key_of, kind_of, structure_of
+from pipetrain.errors import LayerError, StageFailed
 from pipetrain.models import LayerRecipe, Recipe
+from pipetrain.schedule import Dataflow, Take
 from pipetrain.seeds import derive_seed
 
 
@@ -32,14 +36,60 @@ def test_a_mini_batch_that_cannot_be_split_is_refused() -> None:
         split((torch.zeros(3), torch.zeros(4)), 2)
 
 
-def test_a_signature_travels_as_bytes() -> None:
-    tensors = (torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int64), torch.zeros(()))
-    signature = signature_of(tensors, (True, False, True))
-    assert decode(encode(signature)) == signature
-    assert gradients_of(signature) == (
-        TensorSpec((2, 3), torch.bfloat16, True),
-        TensorSpec((), torch.float32, True),
-    )
+def test_a_structure_travels_as_bytes() -> None:
+    pytree = {"x": (torch.zeros(2, 3, dtype=torch.bfloat16), None), "n": [3, 0.5, True], "mode": "same"}
+    leaves, spec = flatten(pytree)
+    structure = structure_of(leaves, spec, [isinstance(leaf, Tensor) for leaf in leaves])
+    assert decode(encode({4: structure})) == {4: structure}
+    assert structure.select("n")[1] == range(2, 5)
+    assert flatten(torch.ones(1))[1] == flatten({"a": torch.ones(1)})[1].children()[0]
+
+
+PARTS = {
+    (0, 0): torch.arange(6.0).reshape(2, 3),
+    (0, 1): 7,
+    (0, 2): torch.tensor([True, False, True]),
+    (1, 0): -0.1,
+    (1, 1): torch.zeros(0, 4),
+    (2, 0): torch.tensor(5j),
+    (2, 1): True,
+    (2, 2): "text",
+    (2, 3): None,
+}
+
+
+def layout_of(values: dict[tuple[int, int], Any]) -> Layout:
+    return Layout(tuple((value, kind_of(leaf, False)) for value, leaf in values.items()))
+
+
+def test_many_values_travel_in_one_tensor_and_arrive_unchanged() -> None:
+    layout = layout_of(PARTS)
+    message = layout.pack(PARTS, CPU)
+    assert message is not None
+    assert layout.wire is not None
+    assert (tuple(message.shape), message.dtype) == (layout.wire.shape, torch.uint8)
+    arrived = layout.unpack(message.clone(), CPU)
+    assert list(arrived) != []
+    for value, leaf in PARTS.items():
+        if isinstance(leaf, Tensor):
+            assert torch.equal(arrived[value], leaf)
+            assert arrived[value].dtype == leaf.dtype
+        else:
+            assert arrived[value] == leaf
+            assert type(arrived[value]) is type(leaf)
+
+
+def test_a_single_tensor_travels_as_it_is_and_constants_not_at_all() -> None:
+    tensor = torch.ones(3)
+    layout = layout_of({(0, 0): tensor, (0, 1): "text", (0, 2): torch.device("cuda:1")})
+    assert layout.pack({(0, 0): tensor}, CPU) is tensor
+    assert layout.unpack(tensor, CPU) == {(0, 0): tensor, (0, 1): "text", (0, 2): CPU}, "the receiver's own device"
+    assert layout_of({(0, 0): "text"}).wire is None
+
+
+def test_a_tensor_of_another_size_than_agreed_is_refused_before_it_is_sent() -> None:
+    with pytest.raises(RuntimeError, match=r"a value of layer 0 is \(2,\), not \(3,\)"):
+        layout_of({(0, 0): torch.ones(3)}).pack({(0, 0): torch.ones(2)}, CPU)
 
 
 def test_keys_tell_kinds_of_micro_batches_apart() -> None:
@@ -85,38 +135,35 @@ class Picky(nn.Module):
 
 
 def test_a_layer_gives_zeros_for_an_input_that_it_does_not_use() -> None:
-    outputs, graph = Layer("picky", Picky()).forward_with_graph((torch.ones(3), torch.ones(2)), (True, True))
+    inputs = (torch.ones(3), torch.ones(2))
+    leaves, _, graph = Layer("picky", "", Picky()).forward_with_graph(inputs, list, (True, True))
     assert graph.needs_grad == (True, False)
-    assert not any(out.requires_grad for out in outputs)
-    used, unused = graph.backward((torch.full((3,), 5.0),))
+    assert not any(leaf.requires_grad for leaf in leaves)
+    used, unused = graph.backward({0: torch.full((3,), 5.0)})
     assert used.tolist() == [10, 10, 10]
     assert unused.tolist() == [0, 0]
 
 
-def test_a_layer_that_returns_no_tensor_is_refused() -> None:
-    class Wrong(nn.Module):
-        def forward(self, x: Tensor) -> list[Tensor]:
-            return [x]
-
-    with pytest.raises(TypeError, match=r"a layer must return a tensor or a tuple of tensors \(got list\)"):
-        Layer("wrong", Wrong()).forward((torch.ones(1),))
-
-
 def test_recompute_keeps_inputs_only_and_sees_the_same_dropout() -> None:
-    stage = Stage(0, [("drop", nn.Dropout(0.5)), ("linear", nn.Linear(8, 8))], device=CPU, seed=0)
+    flow = Dataflow(((Take(-1),), (Take(0),)), (0, 0), ("drop", "linear"))
+    layers = [("drop", "drop.", nn.Dropout(0.5)), ("linear", "linear.", nn.Linear(8, 8))]
+    stage = Stage(0, layers, flow, device=CPU, seed=0)
     stage.train(True)
-    options = {"needs_grad": (False,), "targets": (), "key": 1, "for_backward": True}
     x = torch.randn(4, 8)
-    first = stage.forward(0, (x,), keep_graph=False, **options)
-    second = stage.forward(1, (x,), keep_graph=True, **options)
-    assert not torch.equal(first[0], second[0]), "another micro-batch, another mask"
+    stage.wiring.learn_batch(1, (x,))
+
+    def forward(microbatch: int, keep_graph: bool) -> Tensor:
+        inputs = {(-1, 0): x}
+        return stage.forward(microbatch, inputs, targets=(), key=1, for_backward=True, keep_graph=keep_graph)[1, 0]
+
+    assert not torch.equal(forward(0, False), forward(1, True)), "another micro-batch, another mask"
     assert not stage._in_flight[0].graphs
     stage.recompute(0)
-    stage.backward(0, (torch.ones(4, 8),))
+    stage.backward(0, {(1, 0): torch.ones(4, 8)})
     recomputed = {name: p.grad.clone() for name, p in stage.named_parameters()}
     stage.layers[1].module.zero_grad()
-    stage.forward(0, (x,), keep_graph=True, **options)
-    stage.backward(0, (torch.ones(4, 8),))
+    forward(0, True)
+    stage.backward(0, {(1, 0): torch.ones(4, 8)})
     for name, parameter in stage.named_parameters():
         assert torch.equal(parameter.grad, recomputed[name])
 
@@ -187,7 +234,7 @@ def test_an_output_shape_that_does_not_follow_from_the_input_shape_is_refused() 
         runtime.evaluate_step(program, (torch.randn(4, 4),), (torch.randn(4, 4),))
 
     with pytest.raises(
-        RuntimeError, match=r"the output of stage 0 is \[\(1, 8\)\], but it was \[\(1, 4\)\] for the same"
+        LayerError, match=r"layer growing is a float32 tensor \[1, 8\], but for .* it was a float32 tensor \[1, 4\]"
     ):
         run_ranks(2, rank_main)
 
@@ -206,7 +253,8 @@ def test_what_crosses_a_border_is_contiguous_in_both_directions() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.t()
 
-    assert Layer("turned", Turned()).forward((torch.randn(2, 3),))[0].is_contiguous()
-    _, graph = Layer("watched", Watched()).forward_with_graph((torch.randn(2, 3),), (True,))
-    graph.backward((torch.randn(3, 2).t(),))
+    (turned,), _ = Layer("turned", "", Turned()).forward((torch.randn(2, 3),), list)
+    assert turned.is_contiguous()
+    _, _, graph = Layer("watched", "", Watched()).forward_with_graph((torch.randn(2, 3),), list, (True,))
+    graph.backward({0: torch.randn(3, 2).t()})
     assert seen == [True]

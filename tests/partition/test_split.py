@@ -1,9 +1,15 @@
 import itertools
+from collections.abc import Iterable
+from dataclasses import replace
 
+import pytest
 import torch
+from torch import nn
 
-from pipetrain.models import build
-from pipetrain.partition.split import stage_of_each_layer, stages_of_ties, take_stage
+from pipetrain.errors import ConfigError
+from pipetrain.models import Value, build
+from pipetrain.partition.split import BuiltLayer, dataflow_of, stage_of_each_layer, stages_of_ties, take_stage
+from pipetrain.schedule import Skips, Take
 
 RECIPE = build(
     "transformer",
@@ -20,12 +26,16 @@ RECIPE = build(
 )
 
 
+def modules_of(layers: Iterable[BuiltLayer]) -> dict[str, nn.Module]:
+    return {layer.name: layer.module for layer in layers}
+
+
 def test_every_layer_is_on_one_stage_and_starts_the_same_wherever_it_is() -> None:
-    whole = dict(take_stage(RECIPE, (5,), 0, seed=1, device=torch.device("cpu")))
+    whole = modules_of(take_stage(RECIPE, (5,), 0, seed=1, device=torch.device("cpu")))
     for balance in [(2, 3), (1, 1, 3), (1, 1, 1, 1, 1)]:
         stages = [take_stage(RECIPE, balance, s, seed=1, device=torch.device("cpu")) for s in range(len(balance))]
         assert [len(stage) for stage in stages] == list(balance)
-        parts = dict(itertools.chain(*stages))
+        parts = modules_of(itertools.chain(*stages))
         assert list(parts) == list(whole)
         for name, module in parts.items():
             for key, value in module.state_dict().items():
@@ -33,15 +43,15 @@ def test_every_layer_is_on_one_stage_and_starts_the_same_wherever_it_is() -> Non
 
 
 def test_layers_and_seeds_start_differently() -> None:
-    a, b = (dict(take_stage(RECIPE, (5,), 0, seed=seed, device=torch.device("cpu"))) for seed in (1, 2))
+    a, b = (modules_of(take_stage(RECIPE, (5,), 0, seed=seed, device=torch.device("cpu"))) for seed in (1, 2))
     weight = "attention.qkv.weight"
     assert not torch.equal(a["blocks.0"].get_parameter(weight), b["blocks.0"].get_parameter(weight))
     assert not torch.equal(a["blocks.0"].get_parameter(weight), a["blocks.1"].get_parameter(weight))
 
 
 def test_a_tied_parameter_starts_as_its_first_use() -> None:
-    layers = dict(take_stage(RECIPE, (4, 1), 1, seed=1, device=torch.device("cpu")))
-    first = dict(take_stage(RECIPE, (4, 1), 0, seed=1, device=torch.device("cpu")))
+    layers = modules_of(take_stage(RECIPE, (4, 1), 1, seed=1, device=torch.device("cpu")))
+    first = modules_of(take_stage(RECIPE, (4, 1), 0, seed=1, device=torch.device("cpu")))
     assert torch.equal(layers["head"].get_parameter("output.weight"), first["embedding"].get_parameter("token.weight"))
 
 
@@ -67,3 +77,18 @@ def test_a_rank_builds_its_own_layers_only() -> None:
 def test_stages_of_layers_and_ties() -> None:
     assert stage_of_each_layer((2, 1, 2)) == [0, 0, 1, 2, 2]
     assert stages_of_ties(RECIPE, (2, 1, 2)) == [[("embedding.token.weight", 0), ("head.output.weight", 2)]]
+
+
+def test_the_dataflow_of_a_chain_has_no_skips() -> None:
+    flow = dataflow_of(RECIPE, (2, 1, 2))
+    assert flow.takes == tuple((Take(layer - 1),) for layer in range(6))
+    assert flow.stage_of == (0, 0, 1, 2, 2, 2)
+    assert flow.names[-2:] == ("head", "loss")
+    assert flow.skips() == Skips()
+
+
+def test_a_layer_cannot_take_what_is_not_there_yet() -> None:
+    first, *others = RECIPE.layers
+    wrong = replace(RECIPE, layers=(replace(first, takes=(Value("blocks.0"),)), *others))
+    with pytest.raises(ConfigError, match=r"layer embedding takes the output of blocks.0, which is no layer before it"):
+        dataflow_of(wrong, (2, 3))

@@ -1,0 +1,70 @@
+"""Buffers that a module changes while it runs: the vectors of spectral norm, moving averages, counters.
+
+A recompute must start from the buffers that its forward started from and leave no trace in them; and the graph of one
+micro-batch must not see what the next one writes. So such a module gets new buffers for every forward, and a recompute
+gets copies of the old ones. Which buffers change is seen in the first forward of training. (BatchNorm's statistics are
+kept out of this by `batchnorm`.)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+SavedBuffers = list[tuple[nn.Module, str, Tensor]]
+
+
+class OwnBuffers:
+    """The buffers of one layer that its forward changes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places = [
+            (part, name) for part in module.modules() for name, buffer in part._buffers.items() if buffer is not None
+        ]
+        self._watched = False
+
+    def __bool__(self) -> bool:
+        """Whether there may be any."""
+        return bool(self._places)
+
+    @contextmanager
+    def renewed(self) -> Iterator[SavedBuffers]:
+        """For a forward: it writes into new buffers, which then stay. Gives the old ones, once the forward is over."""
+        saved: SavedBuffers = []
+        old = [(part, name, _get(part, name)) for part, name in self._places]
+        new = [_put(part, name, buffer.clone()) for part, name, buffer in old]
+        versions = [buffer._version for buffer in new]
+        yield saved
+        if not self._watched:
+            self._watched = True
+            is_changed = [
+                part._buffers[name] is not buffer or buffer._version != version
+                for (part, name, _), buffer, version in zip(old, new, versions, strict=True)
+            ]
+            for (part, name, buffer), changed in zip(old, is_changed, strict=True):
+                if not changed:
+                    _put(part, name, buffer)
+            old = [place for place, changed in zip(old, is_changed, strict=True) if changed]
+            self._places = [(part, name) for part, name, _ in old]
+        saved += old
+
+    @contextmanager
+    def rewound(self, saved: SavedBuffers) -> Iterator[None]:
+        """For a recompute: it sees the buffers that its forward saw, and changes none."""
+        now = [(part, name, _get(part, name)) for part, name, _ in saved]
+        for part, name, buffer in saved:
+            _put(part, name, buffer.clone())
+        yield
+        for part, name, buffer in now:
+            _put(part, name, buffer)
+
+
+def _get(part: nn.Module, name: str) -> Tensor:
+    buffer = part._buffers[name]
+    assert buffer is not None
+    return buffer
+
+
+def _put(part: nn.Module, name: str, buffer: Tensor) -> Tensor:
+    part._buffers[name] = buffer
+    return buffer
