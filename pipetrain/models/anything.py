@@ -1,0 +1,92 @@
+"""Any PyTorch module as a pipeline: captured, cut into layers, trained for a loss by name."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from pipetrain.errors import ConfigError
+from pipetrain.models.capture import capture
+from pipetrain.models.imports import import_object, shown
+from pipetrain.models.losses import find_loss
+from pipetrain.models.recipe import Recipe
+from pipetrain.models.vision import import_torchvision
+from pipetrain.models.whole import Whole, WithoutMemory, seeded
+from pipetrain.suggest import did_you_mean
+
+
+def anything(
+    *, factory: str, arguments: Mapping[str, Any], loss: str, seed: int, num_inputs: int = 1, **ignored: Any
+) -> Recipe:
+    """The recipe of a module that knows nothing of pipelines.
+
+    Args:
+        factory: 'package.module:function' (or a class), or the name of a classification model of torchvision; gives an
+            `nn.Module`, or a list of modules that follow each other.
+        arguments: keyword arguments of the factory.
+        loss: see `find_loss`.
+        seed: torch's generator is seeded with it before the factory is called.
+        num_inputs: tensors of a mini-batch that are given to the module.
+        ignored: facts about the data, which the factory does not ask for.
+
+    Raises:
+        ConfigError: if the factory is missing, raises or gives no module, if the module cannot be captured, or if
+            there is no such loss.
+    """
+    loss_sum, count = find_loss(loss)
+    make = partial(_make, factory, _find(factory), dict(arguments))
+    whole = Whole(make, seed)
+    try:
+        layers, ties = capture(_without_memory(make, seed), whole.module, num_inputs)
+    except ConfigError as error:
+        raise ConfigError(f"model.factory={factory}: {error}") from error
+    return Recipe(tuple(layers), loss_sum=loss_sum, count=count, ties=tuple(ties), release=whole.release)
+
+
+def _find(name: str) -> Callable[..., Any]:
+    if ":" in name:
+        return import_object("model.factory", name)
+    import_torchvision()
+    models: Any = __import__("torchvision.models", fromlist=["get_model"])
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ConfigError(
+            f"model.factory={name} is no classification model of torchvision.{did_you_mean(name, known)} "
+            f"There are {', '.join(known[:3])} and {len(known) - 3} more; your own: model.factory=my_models:build"
+        )
+    return partial(models.get_model, name, weights=None)
+
+
+def _make(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:
+    """Calls the factory.
+
+    Raises:
+        ConfigError: if it raises, or gives something else than modules.
+    """
+    try:
+        made = factory(**arguments)
+    except Exception as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        try:
+            takes = f"; it takes {inspect.signature(factory)}" if isinstance(error, TypeError) else ""
+        except (TypeError, ValueError):
+            takes = ""
+        raise ConfigError(f"model.factory={name} cannot be called with ({given}): {shown(error)}{takes}") from error
+    blocks = list(made) if isinstance(made, list | tuple) else [made]
+    wrong = next((block for block in blocks if not isinstance(block, nn.Module)), None)
+    if wrong is not None or not blocks:
+        what = "an empty list" if not blocks else f"a {type(wrong).__name__}"
+        raise ConfigError(f"model.factory={name} gives {what}; it must give an nn.Module or a list of them")
+    return nn.Sequential(*blocks) if isinstance(made, list | tuple) else made
+
+
+def _without_memory(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The module to look at. A factory that reads its own parameters makes it with memory."""
+    with seeded(seed):
+        try:
+            with WithoutMemory():
+                return make()
+        except ConfigError:
+            return make()

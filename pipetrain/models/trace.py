@@ -1,0 +1,241 @@
+"""The graph of a module's forward, by `torch.fx`, in training and in evaluation mode.
+
+What is never looked into: modules of `torch.nn`, modules without children, and every module whose own forward cannot be
+traced. All of them stay one node of the graph, run by their own code.
+"""
+
+import ast
+import contextlib
+import inspect
+import linecache
+import operator
+import random
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from pipetrain.errors import ConfigError
+
+# Functions that make a tensor from numbers. A call is recorded as a node: its numbers may be sizes of an input, its
+# values random or changed in place later; as a constant of the trace all of that would be frozen.
+_FACTORIES = (
+    *("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros"),
+    *("tril_indices", "triu_indices"),
+)
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu)(:\d+)?")
+_TORCH = str(Path(torch.__file__).parent)
+_WAYS_OUT = (
+    "Two ways out: put these lines into a sub-module of its own, which is then kept whole; "
+    "or let the factory return an nn.Sequential or a list of blocks, which needs no tracing"
+)
+
+
+def trace(root: nn.Module, num_inputs: int, training: bool) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph of `root.forward` in one mode, and the constants that the trace came across, by name.
+
+    Args:
+        num_inputs: the first so many arguments of forward are inputs; the others keep their defaults.
+
+    Raises:
+        ConfigError: with the line that is in the way, if the forward of `root` itself cannot be traced, or if a part
+            of it is bound to one device.
+    """
+    root.train(training)
+    whole: set[type[nn.Module]] = set()
+    while True:
+        tracer = _Tracer(num_inputs, whole)
+        try:
+            with _nothing_random(), _factories_recorded(tracer):
+                graph = tracer.trace(root)
+        except ConfigError:
+            raise
+        except Exception as error:
+            if tracer.failed_in is None:
+                raise ConfigError(_in_the_way(error)) from error
+            whole.add(tracer.failed_in)
+        else:
+            return graph, _constants(root, set(tracer.tensor_attrs.values()))
+
+
+def check(value: object, expected: bool, where: str) -> None:
+    """An `assert`, or an `if ...: raise`, of the traced code."""
+    if bool(value) is not expected:
+        raise ValueError(f"the check in {where} fails")
+
+
+class _Proxy(fx.Proxy):
+    """Records what torch.fx leaves out: operations that change a tensor in place."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[[_Proxy, Any], Any]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # a buffer is read where the layer runs, never at trace time
+
+    def __init__(self, num_inputs: int, whole: set[type[nn.Module]]) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.failed_in: type[nn.Module] | None = None  # innermost module, but the root, whose forward raised
+        self._num_inputs = num_inputs
+        self._whole = whole
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        childless = next(m.children(), None) is None
+        return childless or type(m) in self._whole or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or type(m)
+            raise
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        names = input_names(root_fn, self._num_inputs)
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> fx.Node:
+        if kind.startswith("call_") and kind != "call_module":
+            _refuse_fixed_device(target if kind == "call_method" else "", (*args, *kwargs.values()))
+        return super().create_node(kind, target, args, kwargs, *more, **named)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """What a branch on a traced value takes: only a check of the input can be known, it is assumed to pass."""
+        found = _check_at(_users_frame())
+        if found is None:
+            return super().to_bool(obj)
+        expected, where = found
+        self.create_proxy("call_function", check, (obj, expected, where), {})
+        return expected
+
+
+def input_names(forward: Callable[..., Any], num_inputs: int) -> list[str]:
+    """Names for the first inputs of an unbound forward; those that `*args` takes are numbered."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = [p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds][1:]
+    return named[:num_inputs] + [f"input_{k}" for k in range(len(named), num_inputs)]
+
+
+# ---- what a trace would freeze ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _factories_recorded(tracer: _Tracer) -> Iterator[None]:
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: tracer.create_proxy("call_function", function, args, kwargs)
+
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    try:
+        for name, original in originals.items():
+            setattr(torch, name, recorded(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+@contextlib.contextmanager
+def _nothing_random() -> Iterator[None]:
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), str(np.random.get_state()), torch.default_generator.get_state().tolist()
+
+    before = states()
+    yield
+    if states() != before:
+        raise ConfigError(
+            "forward draws random numbers from Python, NumPy or torch in a way that a trace would freeze. "
+            f"{_WAYS_OUT}, or draw with torch.rand and the like"
+        )
+
+
+def _constants(root: nn.Module, paths: set[str]) -> dict[str, Any]:
+    """The tensors that the trace itself kept, which another instance of the module has not."""
+    constants = {path: getattr(root, path) for path in sorted(paths) if path.startswith("_tensor_constant")}
+    for value in constants.values():
+        if value.requires_grad:
+            raise ConfigError(
+                f"forward uses a tensor of shape {list(value.shape)} that was computed from parameters outside of any "
+                f"recorded operation: they would never be trained. {_WAYS_OUT}"
+            )
+    return constants
+
+
+def _refuse_fixed_device(called: str, arguments: tuple[Any, ...]) -> None:
+    fixed = [a for a in arguments if isinstance(a, torch.device) or (isinstance(a, str) and _DEVICE.fullmatch(a))]
+    if fixed or called in ("cuda", "cpu"):
+        shown = f".{called}()" if called in ("cuda", "cpu") else f"device {fixed[0]}"
+        raise ConfigError(
+            f"{_place(_users_frame())} is bound to one device ({shown}), but every stage has its own. "
+            "Use the device of an input instead, such as x.device, or register the tensor as a buffer"
+        )
+
+
+# ---- the user's lines ------------------------------------------------------------------------------------------------
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith(_TORCH) and file != __file__
+
+
+def _users_frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not _is_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def _check_at(frame: FrameType | None) -> tuple[bool, str] | None:
+    """If the running line is an `assert` or an `if` that only raises: what its condition should be, and where it is."""
+    if frame is None:
+        return None
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    with contextlib.suppress(SyntaxError):
+        for node in ast.walk(ast.parse("".join(linecache.getlines(file)))):
+            raises = isinstance(node, ast.If) and not node.orelse and all(isinstance(s, ast.Raise) for s in node.body)
+            if not (isinstance(node, ast.Assert) or raises):
+                continue
+            test = node.test  # type: ignore[attr-defined]
+            if test.lineno <= line <= test.end_lineno:
+                expected = isinstance(node, ast.Assert)
+                while isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+                    test, expected = test.operand, not expected
+                simple = not isinstance(test, ast.BoolOp | ast.IfExp)
+                return (expected, _place(frame)) if simple else None
+    return None
+
+
+def _place(frame: FrameType | None) -> str:
+    if frame is None:
+        return "forward"
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return f"{file}:{line}, `{linecache.getline(file, line).strip()}`,"
+
+
+def _in_the_way(error: Exception) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    where = f"{frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else "its forward"
+    reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+    return f"the model cannot be captured because of {where}: {reason}. {_WAYS_OUT}"
