@@ -210,10 +210,11 @@ def _launch(raw: DictConfig, folder: Path) -> int:
         from pipetrain.check.run import check
 
         _session.launched = True
-        code = check(cfg, folder)
-        if _session.sweep is None and _session.footprint is not None:
-            _session.footprint.undo()
-        return code
+        try:
+            return check(cfg, folder)
+        finally:
+            if _session.sweep is None and _session.footprint is not None:
+                _session.footprint.undo()
     from pipetrain.launch import launch
 
     _session.launched = True

@@ -6,9 +6,14 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 from pipetrain.engine.stage import Stage
+from pipetrain.training import state
 
 _backward = Stage.backward
+_train = Stage.train
+_restore = state.restore
 
 
 def _at(self: Stage, microbatch: int, stage: int = 1) -> bool:
@@ -50,5 +55,33 @@ def hanging(self: Stage, microbatch: int, gradients: Any) -> Any:
     return _backward(self, microbatch, gradients)
 
 
+def scaled(self: Stage, microbatch: int, gradients: Any) -> Any:
+    result = _backward(self, microbatch, gradients)
+    if self.index == 1 and microbatch == 2:
+        dict(self.named_parameters())["blocks.1.norm2.bias"].grad *= 1 + 1e-6
+    return result
+
+
+def masks_of_the_stage(self: Stage, mode: bool) -> None:
+    self.random._seed = 100 + self.index
+    _train(self, mode)
+
+
+def restored_with_a_difference(*args: Any) -> None:
+    _restore(*args)
+    runtime = args[1]
+    with torch.no_grad():
+        for name, parameter in runtime.parameters.items():
+            if name == "head.norm.weight":
+                parameter[3] += 1
+
+
+_ELSEWHERE = {
+    "masks_of_the_stage": (Stage, "train", masks_of_the_stage),
+    "restored_with_a_difference": (state, "restore", restored_with_a_difference),
+}
+
 if "FAULT" in os.environ:
-    Stage.backward = globals()[os.environ["FAULT"]]  # type: ignore[method-assign]
+    fault = os.environ["FAULT"]
+    owner, name, function = _ELSEWHERE[fault] if fault in _ELSEWHERE else (Stage, "backward", globals()[fault])
+    setattr(owner, name, function)

@@ -5,19 +5,30 @@ them what a setting means (the recipe, the optimizer, the learning-rate rule) an
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from pipetrain.config import Config, num_microbatches
 from pipetrain.models.recipe import BATCH, Recipe, Tensors, Value
 from pipetrain.partition.split import build_layer
-from pipetrain.seeds import derive_seed
+from pipetrain.seeds import derive_seed, name_of_call
 from pipetrain.training.optim import build_optimizer, learning_rate, set_learning_rate
 from pipetrain.training.record import Recorder
+
+_DRAWING = (
+    _DropoutNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+)
 
 
 class PlainModel:
@@ -40,12 +51,14 @@ class PlainModel:
             module.to(device).double().train()
         self.parameters: dict[str, nn.Parameter] = dict(self._named("named_parameters"))
         self.modules: dict[str, nn.Module] = dict(self._named("named_modules"))
-        self._seed, self._step, self._microbatch = seed, 0, 0
-        self._calls: dict[str, int] = {}
-        for name, module in self.modules.items():
-            if next(module.children(), None) is None or isinstance(module, nn.MultiheadAttention):
-                module.register_forward_pre_hook(self._seed_call(name), prepend=True)
-        self.batch_norms = [MiniBatchNorm(m) for m in self.modules.values() if _keeps_statistics(m)]
+        norms = {id(m): m for m in self.modules.values() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+        self.batch_norms = [MiniBatchNorm(module) for module in norms.values()]
+        self._seed, self._step, self._microbatch, self._place = seed, 0, 0, 0
+        self._calls: Counter[str] = Counter()
+        for place, module in enumerate(self.layers):
+            for local, part in module.named_modules():
+                if local and _may_draw(part):
+                    part.register_forward_pre_hook(self._seed_call(place, recipe.layers[place].full_name(local)))
 
     def _named(self, what: str) -> Iterator[tuple[str, Any]]:
         for layer, module in zip(self.recipe.layers, self.layers, strict=True):
@@ -62,25 +75,33 @@ class PlainModel:
         return {name: buffer for name, buffer in self._named("named_buffers") if name in saved}
 
     def forward(self, inputs: Tensors, step: int, microbatch: int) -> Any:
-        """The output of the last layer."""
+        """The output of the last layer; randomness as `pipetrain.seeds` promises it."""
         self._step, self._microbatch = step, microbatch
-        self._calls.clear()
         outputs: dict[str, Any] = {}
-        for index, (layer, module) in enumerate(zip(self.recipe.layers, self.layers, strict=True)):
-            arguments = [a for value in self.recipe.taken_by(index) for a in _resolve(value, outputs, inputs)]
-            torch.manual_seed(derive_seed(self._seed, step, layer.name, microbatch))
-            outputs[layer.name] = module(*arguments)
+        for place, module in enumerate(self.layers):
+            name = self.recipe.layers[place].name
+            arguments = [a for value in self.recipe.taken_by(place) for a in _resolve(value, outputs, inputs)]
+            self._place = place
+            self._calls.clear()
+            torch.manual_seed(derive_seed(self._seed, step, name, microbatch))
+            outputs[name] = module(*arguments)
         return outputs[self.recipe.layers[-1].name]
 
-    def _seed_call(self, name: str) -> Callable[[nn.Module, Any], None]:
-        """Randomness as `pipetrain.seeds` promises it."""
-
+    def _seed_call(self, place: int, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, arguments: Any) -> None:
-            self._calls[name] = call = self._calls.get(name, 0) + 1
-            full = name if call == 1 else f"{name}@{call}"
-            torch.manual_seed(derive_seed(self._seed, self._step, full, self._microbatch))
+            if self._place == place:  # a module may be part of several
+                self._calls[name] += 1
+                called = name_of_call(name, self._calls[name])
+                torch.manual_seed(derive_seed(self._seed, self._step, called, self._microbatch))
 
         return hook
+
+
+def _may_draw(module: nn.Module) -> bool:
+    """Of torch's own modules those that draw, of all others those without children."""
+    if type(module).__module__.startswith("torch.nn."):
+        return isinstance(module, _DRAWING)
+    return next(module.children(), None) is None
 
 
 def _resolve(value: Value, outputs: dict[str, Any], inputs: Tensors) -> tuple[Any, ...]:
@@ -88,10 +109,6 @@ def _resolve(value: Value, outputs: dict[str, Any], inputs: Tensors) -> tuple[An
         return inputs if value.element is None else (inputs[int(value.element)],)
     output = outputs[value.layer]
     return (output if value.element is None else output[value.element],)
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
 class MiniBatchNorm:

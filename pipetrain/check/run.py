@@ -103,7 +103,7 @@ class _Runs:
 
     def rows(self) -> list[Row]:
         """Runs everything. A run takes disk space, so it is removed as soon as it has been compared."""
-        yours = self._run("yours", f"your settings on {_stages(len(self._job.devices))}", self._job)
+        yours = self._run("yours", f"your settings on {self._stages()}", self._job)
         return [*self._one_stage(yours), *self._resumed(yours), *self._plain(yours)]
 
     def _one_stage(self, yours: Recorded) -> list[Row]:
@@ -145,8 +145,8 @@ class _Runs:
         kinds = {"loss": "loss", "gradients": "gradient", "clip factor": "clip", "buffers": "buffer"}
         rows = [compare(what, kind, PLAIN, runs, self._steps, ROUNDING) for what, kind in kinds.items()]
         units = self._reach_of_updates(runs[1])
-        rows.append(compare("weights", "weight", PLAIN, runs, self._steps, AMPLIFIED_ROUNDING, units))
-        return [*rows, compare_draws(PLAIN, runs, self._steps)]
+        weights = compare("weights", "weight", PLAIN, runs, self._steps, AMPLIFIED_ROUNDING, units)
+        return [*rows, weights, compare_draws(PLAIN, runs, self._steps)]
 
     def _reach_of_updates(self, run: Recorded) -> dict[int, float]:
         """For each step the sum of the learning rates so far x the largest gradient, or x 1 if that is less."""
@@ -165,12 +165,12 @@ class _Runs:
             raise _Ended(code)
         return Recorded(run)
 
+    def _stages(self) -> str:
+        number = len(self._job.devices)
+        return "1 stage (devices=2 would cut the model in two)" if number == 1 else f"{number} stages"
+
     def _remove(self, name: str) -> None:
         shutil.rmtree(self._folder / name)
-
-
-def _stages(number: int) -> str:
-    return "1 stage" if number == 1 else f"{number} stages"
 
 
 def _print(rows: Sequence[Row]) -> None:

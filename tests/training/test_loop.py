@@ -16,7 +16,7 @@ from pipetrain.training.loop import Request, Signals
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 def test_runs_are_the_same_bits_on_1_2_and_4_stages(tmp_path: Path, tied: bool, precision: str) -> None:
     cases: dict[str, tuple[int, Any]] = {
         "one": (1, "even"),
@@ -42,6 +42,15 @@ def test_resumed_in_the_middle_equals_never_stopped(tmp_path: Path, before: int,
     assert_same(saved(tmp_path, "halves", 6), saved(tmp_path, "whole", 6))
     whole, halves = losses(tmp_path, "whole"), losses(tmp_path, "halves")
     assert [row for row in halves if row in whole] == whole
+
+
+def test_float64_is_all_float64_and_resumes(tmp_path: Path) -> None:
+    run(tmp_path, "whole", 1, settings(precision="fp64"))
+    run(tmp_path, "halves", 2, settings(precision="fp64", steps=3))
+    run(tmp_path, "halves", 2, settings(precision="fp64"), resume=True)
+    tensors = saved(tmp_path, "whole", 6)
+    assert {tensor.dtype for name, tensor in tensors.items() if not name.endswith("/step")} == {torch.float64}
+    assert_same(saved(tmp_path, "halves", 6), tensors)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "adafactor"])

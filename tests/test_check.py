@@ -1,0 +1,127 @@
+"""`action=check` with real processes: it says that the guarantees hold, and it notices when one does not."""
+
+import signal
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from commands import QUICK, Command, wait_until
+from launch_stub import Launch, launch  # noqa: F401
+
+from pipetrain import cli
+from pipetrain.config import Config
+from pipetrain.errors import Exit
+
+CHECK = [*QUICK, "action=check", "devices=2", "optimizer.lr=0.01", "lr_rule.warmup_steps=0"]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def command(tmp_path: Path, cache: Path) -> Command:
+    return Command(tmp_path, cache)
+
+
+def rows(output: str) -> dict[tuple[str, str], str]:
+    """(what, compared with) -> the rest of its line."""
+    table = [line for line in output.splitlines() if line.endswith((" ok", " FAILED", " -", " - "))]
+    return {(line[:15].strip(), line[17:31].strip()): line[33:].strip() for line in table}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("choice", "holding"),
+    [
+        (["model.tied=true", "recompute=never", "balance=[1,3]"], 14),
+        (["precision=bf16", "micro_batches=3", "optimizer=sgd", "grad_clip=0.1"], 12),  # sgd has no state
+    ],
+    ids=["tied", "bf16"],
+)
+def test_all_guarantees_hold(command: Command, choice: list[str], holding: int) -> None:
+    done = command(*CHECK, *choice)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"all {holding} guarantees hold for this configuration" in done.stdout
+    assert rows(done.stdout)["dropout masks", "plain, float64"].endswith("ok")
+    assert done.stderr == ""
+    assert list(command.folder.iterdir()) == []
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("fault", "named", "broken"),
+    [
+        ("scaled", "blocks.1.norm2.bias, step 1", [("gradients", "one stage"), ("gradients", "plain, float64")]),
+        ("masks_of_the_stage", "embedding.dropout, step 1", [("dropout masks", "plain, float64")]),
+        ("restored_with_a_difference", "head.norm.weight, step 2", [("weights", "resumed at 1")]),
+    ],
+)
+def test_what_is_broken_is_named(command: Command, fault: str, named: str, broken: list[tuple[str, str]]) -> None:
+    done = command(*CHECK, "check.steps=2", fault=fault)
+    assert done.returncode == 1, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("FAILED: ")
+    for what, against in broken:
+        assert f"{what} (against {against})" in last
+        row = rows(done.stdout)[what, against]
+        assert named in row
+        assert row.endswith("FAILED")
+    assert "guarantees hold" not in done.stdout
+
+
+@pytest.mark.dist
+def test_a_failing_run_ends_it_as_it_ends_a_training(command: Command) -> None:
+    done = command(*CHECK, "check.steps=4", fault="raising")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: stage 1 (rank 1) failed at 1B2, step 4")
+    assert "ValueError: boom" in done.stderr
+    assert list(command.folder.iterdir()) == []
+
+
+@pytest.mark.dist
+def test_an_interrupt_leaves_nothing_behind(command: Command) -> None:
+    process = command.start(*CHECK, "check.steps=1000", fault="slow")
+    wait_until(lambda: any(command.folder.glob("runs/*/*/.check/yours/recorded/*")))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert list(command.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["action=chek"], "action=chek: no such choice. Did you mean 'check'?"),
+        (["action=check", "check.steps=1"], "check.steps=1 must be at least 2"),
+        (["action=check", "balance=[9,9]", "devices=2"], "balance=[9,9] sums to 18, but the model has 4 layers"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    words: list[str], text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*QUICK, *words]) == Exit.BAD_SETTINGS
+    out, err = capsys.readouterr()
+    assert text in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_is_no_run(launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = types.ModuleType("pipetrain.check.run")
+    given: list[Config] = []
+
+    def check(cfg: Config, folder: Path) -> int:
+        given.append(cfg)
+        (folder / ".check" / "yours").mkdir(parents=True)
+        return 1
+
+    module.check = check  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pipetrain.check.run", module)
+    assert cli.main(["action=check", "steps=7"]) == 1
+    assert given[0].steps == 7
+    assert not launch.calls
+    assert list(tmp_path.iterdir()) == []
