@@ -42,6 +42,16 @@ class TransformerConfig(ModelConfig):
 
 
 @dataclass(kw_only=True)
+class AnythingConfig(ModelConfig):
+    name: str = setting("any PyTorch module, cut into layers by itself", "anything")
+    factory: str = setting("package.module:function that gives the module, or a classifier of torchvision", "")
+    arguments: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "keyword arguments of the factory, such as {width: 64}"}
+    )
+    loss: str = setting("cross_entropy | mse | package.module:function(output, targets) -> sum", "cross_entropy")
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     name: str = setting("which kind of data: the name of a reader in pipetrain.data", "???")
 
@@ -59,6 +69,14 @@ class TextConfig(DataConfig):
     valid_fraction: float = setting("share of a single text held out for validation", 0.05)
     test_fraction: float = setting("share of a single text held out for testing", 0.05)
     cache_dir: str = setting("where token files and trained tokenizers are kept", "~/.cache/pipetrain")
+
+
+@dataclass(kw_only=True)
+class SyntheticConfig(DataConfig):
+    name: str = setting("random samples of some classes, made as they are needed", "synthetic")
+    shape: list[int] = field(default_factory=lambda: [3, 224, 224], metadata={"help": "sizes of one sample"})
+    classes: int = setting("classes to tell apart", 10)
+    samples: int = setting("training samples; a tenth as many are for validation", 1000)
 
 
 @dataclass(kw_only=True)
@@ -145,8 +163,8 @@ class Config:
 
 # Which schema a group's `name` stands for. Used by `cli` (typed composition) and by `from_json`.
 SCHEMAS: dict[str, dict[str, type]] = {
-    "model": {"transformer": TransformerConfig},
-    "data": {"text": TextConfig},
+    "model": {"transformer": TransformerConfig, "anything": AnythingConfig},
+    "data": {"text": TextConfig, "synthetic": SyntheticConfig},
     "optimizer": {"adamw": AdamConfig, "adam": AdamConfig, "sgd": SgdConfig, "adafactor": AdafactorConfig},
 }
 

@@ -23,7 +23,7 @@ import torch
 
 from pipetrain import rules
 from pipetrain.config import Config, TextConfig
-from pipetrain.data.text import prepare_text
+from pipetrain.data.text import TokenFolder, prepare_text
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.paths import RunPaths
@@ -103,24 +103,16 @@ def prepare(
             say(f"skipped a checkpoint: {reason}")
         saved = checkpoint.read_manifest(found)
         rules.check_resume(cfg, saved.config)
-    assert isinstance(cfg.data, TextConfig)
-    tokens = prepare_text(
-        path=cfg.data.path,
-        tokenizer=cfg.data.tokenizer,
-        vocab_size=cfg.data.vocab_size,
-        valid_fraction=cfg.data.valid_fraction,
-        test_fraction=cfg.data.test_fraction,
-        cache_dir=cfg.data.cache_dir,
-    )
-    steps_of_epoch = open_data(cfg, tokens, "train", cfg.data.order).num_batches
+    tokens = _prepare_text(cfg.data) if isinstance(cfg.data, TextConfig) else None
+    steps_of_epoch = open_data(cfg, tokens, "train").num_batches
     if cfg.eval.every:
         try:
-            open_data(cfg, tokens, "valid", "once")
+            open_data(cfg, tokens, "valid")
         except ConfigError as error:
             raise ConfigError(f"{error}; or train without evaluation: eval.every=0") from error
-    rules.check_model(cfg, len(build_recipe(cfg, tokens.vocab_size).layers), len(devices))
+    rules.check_model(cfg, len(build_recipe(cfg, tokens).layers), len(devices))
     job = Job(cfg, run, tokens, devices, found)
-    if saved is not None and saved.data != job.data_id:
+    if saved is not None and isinstance(cfg.data, TextConfig) and saved.data != job.data_id:
         raise ConfigError(
             f"the text of data.path={cfg.data.path} is not the one that {run.root} was trained on; "
             "put the old text back, or start a new run"
@@ -129,6 +121,17 @@ def prepare(
         _check_goes_on(cfg, saved.step, steps_of_epoch)
         say(f"going on from step {saved.step}{_changes(cfg, saved)}")
     return job
+
+
+def _prepare_text(data: TextConfig) -> TokenFolder:
+    return prepare_text(
+        path=data.path,
+        tokenizer=data.tokenizer,
+        vocab_size=data.vocab_size,
+        valid_fraction=data.valid_fraction,
+        test_fraction=data.test_fraction,
+        cache_dir=data.cache_dir,
+    )
 
 
 def _check_goes_on(cfg: Config, step: int, steps_of_epoch: int) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 from pipetrain.config import (
     AdafactorConfig,
     AdamConfig,
+    AnythingConfig,
     Config,
     OptimizerConfig,
     SgdConfig,
+    SyntheticConfig,
     TextConfig,
     TransformerConfig,
 )
@@ -48,6 +50,7 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
     _check_choices(cfg, problems)
     _check_pipeline(cfg, num_gpus, world_size, problems)
     _check_model_shape(cfg, problems)
+    _check_anything(cfg, problems)
     _check_optimizer(cfg.optimizer, problems)
     if cfg.steps is not None and cfg.epochs is not None:
         problems.append(
@@ -86,6 +89,9 @@ def _check_ranges(cfg: Config, problems: list[str]) -> None:
         ("lr_rule.warmup_steps", cfg.lr_rule.warmup_steps, 0),
         ("lr_rule.end_fraction", cfg.lr_rule.end_fraction, 0),
     ]
+    if isinstance(cfg.data, SyntheticConfig):
+        at_least += [("data.classes", cfg.data.classes, 1), ("data.samples", cfg.data.samples, 1)]
+        at_least += [(f"data.shape[{i}]", size, 1) for i, size in enumerate(cfg.data.shape)]
     if isinstance(cfg.data, TextConfig):
         at_least += [("data.seq_len", cfg.data.seq_len, 1), ("data.vocab_size", cfg.data.vocab_size, 1)]
     if cfg.threads != "auto":
@@ -213,6 +219,23 @@ def _check_model_shape(cfg: Config, problems: list[str]) -> None:
             )
 
 
+def _check_anything(cfg: Config, problems: list[str]) -> None:
+    if isinstance(cfg.data, SyntheticConfig) and not isinstance(cfg.model, AnythingConfig):
+        problems.append(f"data=synthetic gives numbers, but model={cfg.model.name} reads tokens; use data=text")
+    if not isinstance(cfg.model, AnythingConfig):
+        return
+    if not cfg.model.factory:
+        problems.append(
+            "model=anything needs model.factory: a function of yours that gives the module, such as "
+            "model.factory=my_models:build, or the name of a classifier of torchvision, such as model.factory=resnet18"
+        )
+    if cfg.logit_clip is not None:
+        problems.append(
+            f"logit_clip={cfg.logit_clip} is for pipetrain's own language models: of model=anything nobody knows which "
+            "values are the logits; clamp them in the module's forward, or type logit_clip=null"
+        )
+
+
 def _check_optimizer(optimizer: OptimizerConfig, problems: list[str]) -> None:
     if isinstance(optimizer, AdamConfig):
         betas = optimizer.betas
@@ -240,10 +263,15 @@ def check_model(cfg: Config, num_layers: int, num_stages: int) -> None:
         ConfigError: if the balance does not fit the layers, or there are more stages than layers.
     """
     if num_stages > num_layers:
+        way_out = (
+            "a model whose forward is made of smaller sub-modules, or a list of blocks from the factory"
+            if isinstance(cfg.model, AnythingConfig)
+            else "a deeper model"
+        )
         raise ConfigError(
             f"devices={cfg.devices} makes {num_stages} stages, but the model has only {num_layers} layers "
             "and every stage needs one; "
-            f"use devices={num_layers} or fewer, or a deeper model"
+            f"use devices={num_layers} or fewer, or {way_out}"
         )
     if isinstance(cfg.balance, list) and sum(cfg.balance) != num_layers:
         last = num_layers - sum(cfg.balance[:-1])

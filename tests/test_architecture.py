@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sim": {"schedule", "costs", "errors"},
     "config": {"schedule"},
     "rules": {"config", "errors", "devices", "suggest", "schedule"},
-    "models": {"errors"},
+    "models": {"errors", "suggest"},
     "data": {"errors", "seeds", "suggest"},
     "partition": {"models", "schedule", "costs", "errors", "seeds", "suggest"},
     "engine": {"schedule", "errors", "seeds"},

@@ -28,7 +28,7 @@ def _body(job: Job, signals: Signals) -> Exit:
     torch.set_num_threads(num_threads(job))
     cfg, device = job.cfg, torch.device(job.devices[0])
     assert isinstance(cfg.data, TextConfig)
-    data = open_data(cfg, job.tokens, "train", cfg.data.order)
+    data = open_data(cfg, job.tokens, "train")
 
     def batches() -> Iterator[tuple[Tensors, Tensors]]:
         for step in range(cfg.steps or 0):
@@ -38,7 +38,7 @@ def _body(job: Job, signals: Signals) -> Exit:
             yield (to_device(inputs, cfg, device),), (to_device(targets, cfg, device),)
 
     try:
-        model = PlainModel(build_recipe(cfg, job.tokens.vocab_size), cfg.seed, device)
+        model = PlainModel(build_recipe(cfg, job.tokens), cfg.seed, device)
         train(model, cfg, batches(), Recorder(lambda step: job.run.recorded(step, 0), model.modules.items()))
     except _Stopped:
         return Exit.INTERRUPTED if signals.request is Request.INTERRUPT else Exit.PREEMPTED

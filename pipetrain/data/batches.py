@@ -1,6 +1,7 @@
 """Batches of token windows: each a pure function of its number, read from memory-mapped files."""
 
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,20 @@ SHUFFLED = "shuffled"
 CONTIGUOUS = "contiguous"
 ONCE = "once"
 ORDERS = (SHUFFLED, CONTIGUOUS, ONCE)
+
+
+class Batches(Protocol):
+    """Batch 0, 1, 2, ... of one split, going on over epochs; the same number always gives the same batch."""
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one epoch."""
+
+    def rows(self, index: int) -> int:
+        """Samples in batch `index`, without reading it."""
+
+    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of batch `index`."""
 
 
 class TextBatches:

@@ -1,11 +1,13 @@
 """The models: each is a function that returns a `Recipe`, a list of layers that are not built yet."""
 
+from collections.abc import Callable
 from typing import Any
 
+from pipetrain.models.anything import anything
 from pipetrain.models.recipe import BATCH, LayerRecipe, Recipe, Value
 from pipetrain.models.transformer import transformer
 
-MODELS = {"transformer": transformer}
+MODELS: dict[str, Callable[..., Recipe]] = {"anything": anything, "transformer": transformer}
 
 
 def build(name: str, **settings: Any) -> Recipe:

@@ -1,5 +1,6 @@
 """Any PyTorch module as a pipeline: captured, cut into layers, trained for a loss by name."""
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,9 +18,7 @@ from pipetrain.models.whole import Whole, WithoutMemory, seeded
 from pipetrain.suggest import did_you_mean
 
 
-def anything(
-    *, factory: str, arguments: Mapping[str, Any], loss: str, seed: int, num_inputs: int = 1, **ignored: Any
-) -> Recipe:
+def anything(*, factory: str, arguments: Mapping[str, Any], loss: str, seed: int, num_inputs: int = 1) -> Recipe:
     """The recipe of a module that knows nothing of pipelines.
 
     Args:
@@ -29,7 +28,6 @@ def anything(
         loss: see `find_loss`.
         seed: torch's generator is seeded with it before the factory is called.
         num_inputs: tensors of a mini-batch that are given to the module.
-        ignored: facts about the data, which the factory does not ask for.
 
     Raises:
         ConfigError: if the factory is missing, raises or gives no module, if the module cannot be captured, or if
@@ -49,7 +47,7 @@ def _find(name: str) -> Callable[..., Any]:
     if ":" in name:
         return import_object("model.factory", name)
     import_torchvision()
-    models: Any = __import__("torchvision.models", fromlist=["get_model"])
+    models = importlib.import_module("torchvision.models")
     known = models.list_models(module=models)
     if name not in known:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """torchvision, also where it does not match the torch that is installed."""
 
 import importlib
+import multiprocessing
 import warnings
 from types import ModuleType
 
@@ -25,7 +26,7 @@ def import_torchvision() -> ModuleType:
             missing = next((name for name in _OPERATORS if name in str(error) and name not in declared), None)
             if missing is None:
                 raise
-            if not declared:
+            if not declared and multiprocessing.parent_process() is None:  # said once, not by every worker
                 warnings.warn(
                     f"torchvision does not match torch {torch.__version__}: its compiled operators (detection, image "
                     "decoding) are off, models and transforms work; install the pair that belongs together",

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pipetrain import models
-from pipetrain.config import Config, TextConfig
-from pipetrain.data.batches import TextBatches
+from pipetrain.config import AnythingConfig, Config, SyntheticConfig, TextConfig
+from pipetrain.data.batches import ONCE, Batches, TextBatches
+from pipetrain.data.synthetic import SyntheticBatches
 from pipetrain.data.text import TokenFolder
 from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.stage import Stage
@@ -22,12 +23,19 @@ from pipetrain.sim.balance import even
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp64": None}
 
 
-def build_recipe(cfg: Config, vocab_size: int) -> Recipe:
-    """The model that the settings ask for, as layers not built yet."""
+def build_recipe(cfg: Config, tokens: TokenFolder | None) -> Recipe:
+    """The model that the settings ask for, as layers not built yet.
+
+    Args:
+        tokens: the text, if the data is text.
+    """
+    if isinstance(cfg.model, AnythingConfig):
+        return models.build(**dataclasses.asdict(cfg.model), seed=cfg.seed)
     assert isinstance(cfg.data, TextConfig)
+    assert tokens is not None
     return models.build(
         **dataclasses.asdict(cfg.model),
-        vocab_size=vocab_size,
+        vocab_size=tokens.vocab_size,
         seq_len=cfg.data.seq_len,
         logit_clip=cfg.logit_clip,
         logit_clip_kind=cfg.logit_clip_kind,
@@ -63,10 +71,16 @@ def build_runtime(
     return Runtime([stage], num_stages, transport, device, ties=ties, memory_bytes=_memory_meter(device))
 
 
-def open_data(cfg: Config, tokens: TokenFolder, split: str, order: str) -> TextBatches:
-    """One split of the text."""
-    assert isinstance(cfg.data, TextConfig)
-    return TextBatches(tokens, split, seq_len=cfg.data.seq_len, batch_size=cfg.batch_size, order=order, seed=cfg.seed)
+def open_data(cfg: Config, tokens: TokenFolder | None, split: str) -> Batches:
+    """One split of the data, in the order of the settings for training and each sample once for the others."""
+    data = cfg.data
+    if isinstance(data, SyntheticConfig):
+        samples = data.samples if split == "train" else max(1, data.samples // 10)
+        return SyntheticBatches(data.shape, data.classes, samples, split, batch_size=cfg.batch_size, seed=cfg.seed)
+    assert isinstance(data, TextConfig)
+    assert tokens is not None
+    order = data.order if split == "train" else ONCE
+    return TextBatches(tokens, split, seq_len=data.seq_len, batch_size=cfg.batch_size, order=order, seed=cfg.seed)
 
 
 def to_device(tensor: Tensor, cfg: Config, device: torch.device) -> Tensor:

@@ -8,13 +8,18 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _log = logging.getLogger(__name__)
-_SHOWN = ("loss/train", "loss/val", "lr", "grad/norm", "speed/tokens_per_s", "val/bits_per_character", "val/perplexity")
 
 
 class Console:
-    """Progress of the steps, and the values of `_SHOWN` under their metric names."""
+    """Progress of the steps, and the values that people watch under their metric names."""
 
-    def __init__(self, first_step: int, last_step: int, *, quiet: bool = False) -> None:
+    def __init__(self, first_step: int, last_step: int, *, counted: str = "tokens", quiet: bool = False) -> None:
+        """
+        Args:
+            counted: what the speed is counted in, 'tokens' or 'samples'.
+        """
+        speed = f"speed/{counted}_per_s"
+        self._shown = ("loss/train", "loss/val", "lr", "grad/norm", speed, "val/bits_per_character", "val/perplexity")
         self._out = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._first, self._last = first_step, last_step
         self._started_s = time.monotonic()
@@ -24,21 +29,21 @@ class Console:
                 TextColumn("training"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("loss/train {task.fields[loss]}  {task.fields[speed]} tokens/s  ETA"),
+                TextColumn("loss/train {task.fields[loss]}  {task.fields[speed]} " + f"{counted}/s  ETA"),
                 TimeRemainingColumn(),
                 console=self._out,
             )
             self._task = self._bar.add_task("", total=last_step, completed=first_step, loss="-", speed="-")
             self._bar.start()
 
-    def tick(self, step: int, loss: float, tokens_per_s: float) -> None:
+    def tick(self, step: int, loss: float, speed: float) -> None:
         """Moves the bar; does nothing where there is none."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_s:,.0f}")
+            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
 
     def line(self, step: int, values: Mapping[str, float]) -> None:
         """Prints the values that people watch, and on plain output how long it will take."""
-        shown = "  ".join(f"{name} {_short(values[name])}" for name in _SHOWN if name in values)
+        shown = "  ".join(f"{name} {_short(values[name])}" for name in self._shown if name in values)
         eta = "" if self._bar is not None or "loss/train" not in values else f"  ETA {self._eta(step)}"
         text = f"step {step}/{self._last}  {shown}"
         self._out.print(text + eta)

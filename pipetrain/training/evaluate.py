@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from pipetrain.data.batches import TextBatches
+from pipetrain.data.batches import Batches
 from pipetrain.engine.loss import Tensors
 from pipetrain.engine.runtime import Program, Runtime
 from pipetrain.schedule import Skips, build_forward_only
@@ -35,16 +35,16 @@ class Evaluator:
 
     def run(
         self,
-        data: TextBatches,
+        data: Batches,
         max_batches: int | None,
         *,
-        characters_per_token: float,
+        characters_per_token: float | None,
         request: Callable[[], float],
     ) -> tuple[dict[str, float], float]:
-        """Mean loss over all tokens of the split; the same numbers on every rank.
+        """Mean loss over all tokens or samples of the split; the same numbers on every rank.
 
         Args:
-            characters_per_token: turns nats per token into bits per character (UTF-8 bytes).
+            characters_per_token: turns nats per token into bits per character (UTF-8 bytes); None if there is no text.
             request: what this rank is asked for by signals; if any rank is, the evaluation is given up.
 
         Returns:
@@ -64,11 +64,11 @@ class Evaluator:
             if last in self._runtime.stages and targets is not None:
                 count += self._count(targets)
         mean = self._sum(loss_sum) / self._sum(count)
-        return {
-            "loss/val": mean,
-            "val/perplexity": math.exp(min(mean, 700.0)),
-            "val/bits_per_character": mean / math.log(2) / characters_per_token,
-        }, 0.0
+        values = {"loss/val": mean}
+        if characters_per_token is not None:
+            values["val/perplexity"] = math.exp(min(mean, 700.0))
+            values["val/bits_per_character"] = mean / math.log(2) / characters_per_token
+        return values, 0.0
 
     def _sum(self, value: float) -> float:
         return float(self._runtime.transport.all_reduce(torch.tensor([value], dtype=torch.float64))[0])

@@ -18,7 +18,7 @@ class Job:
     Attributes:
         cfg: the checked settings.
         run: the run folder.
-        tokens: the prepared text.
+        tokens: the prepared text, or None if the data is no text.
         devices: one name for each rank.
         checkpoint: the verified checkpoint to go on from, or None.
         record: keep all numbers of every step for a comparison, and print nothing.
@@ -26,7 +26,7 @@ class Job:
 
     cfg: Config
     run: RunPaths
-    tokens: TokenFolder
+    tokens: TokenFolder | None
     devices: tuple[str, ...]
     checkpoint: Path | None
     record: bool = False
@@ -34,7 +34,7 @@ class Job:
     @property
     def data_id(self) -> str:
         """Changes whenever the text, its split or its tokenizer changes."""
-        return Path(self.tokens.folder).name
+        return Path(self.tokens.folder).name if self.tokens is not None else self.cfg.data.name
 
     def to_json(self) -> str:
         """The job as text, for another process."""
@@ -42,7 +42,7 @@ class Job:
             {
                 "cfg": config.to_json(self.cfg),
                 "run": str(self.run.root),
-                "tokens": dataclasses.asdict(self.tokens),
+                "tokens": dataclasses.asdict(self.tokens) if self.tokens is not None else None,
                 "devices": self.devices,
                 "checkpoint": str(self.checkpoint) if self.checkpoint else None,
                 "record": self.record,
@@ -56,7 +56,7 @@ class Job:
         return Job(
             cfg=config.from_json(raw["cfg"]),
             run=RunPaths(Path(raw["run"])),
-            tokens=TokenFolder(**raw["tokens"]),
+            tokens=TokenFolder(**raw["tokens"]) if raw["tokens"] is not None else None,
             devices=tuple(raw["devices"]),
             checkpoint=Path(raw["checkpoint"]) if raw["checkpoint"] else None,
             record=raw["record"],

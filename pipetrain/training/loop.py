@@ -9,7 +9,7 @@ from enum import IntEnum
 import torch
 
 from pipetrain import config, schedule
-from pipetrain.config import TextConfig, num_microbatches
+from pipetrain.config import num_microbatches
 from pipetrain.engine.loss import Tensors
 from pipetrain.engine.report import StepReport
 from pipetrain.engine.transport import Transport
@@ -69,14 +69,13 @@ class Trainer:
 
     def __init__(self, job: Job, transport: Transport, device: torch.device, signals: Signals) -> None:
         cfg = self.cfg = job.cfg
-        assert isinstance(cfg.data, TextConfig)
         self.job, self.transport, self.signals = job, transport, signals
         self.step = 0
         self._loss_val: float | None = None
         self._requests = 0.0
         self._finite = True
 
-        recipe = self.recipe = build_recipe(cfg, job.tokens.vocab_size)
+        recipe = self.recipe = build_recipe(cfg, job.tokens)
         balance = self.balance = balance_of(cfg, len(recipe.layers), transport.num_ranks)
         self.ties = ties_of(recipe, balance)
         self.skips = dataflow_of(recipe, balance).skips()
@@ -90,7 +89,7 @@ class Trainer:
         self.runtime = build_runtime(cfg, recipe, balance, transport, device)
         self.program = self.runtime.prepare(self.schedule)
         self.optimizer = build_optimizer(cfg.optimizer, self.runtime.own_parameters)
-        self.data = open_data(cfg, job.tokens, "train", cfg.data.order)
+        self.data = open_data(cfg, job.tokens, "train")
         self.last_step = cfg.steps or (cfg.epochs or 0) * self.data.num_batches
         if job.checkpoint is not None:
             reader = checkpoint.Reader(job.checkpoint)
@@ -103,8 +102,9 @@ class Trainer:
         self.console: Console | None = None
         self.metrics: Metrics | None = None
         if transport.rank == 0:
+            counted = "tokens" if job.tokens is not None else "samples"
             job.run.plan.write_text(plan.to_json())
-            self.console = Console(self.step, self.last_step, quiet=job.record)
+            self.console = Console(self.step, self.last_step, counted=counted, quiet=job.record)
             for line in (*plan.table(), *drawn(self.schedule)):
                 self.console.say(line)
             self.metrics = Metrics(job.run, self.console, compared_settings(cfg, balance), self.step)
@@ -236,18 +236,18 @@ class Trainer:
             "grad/norm": report.grad_norm,
             "speed/step_s": step_s,
             "speed/samples_per_s": self.cfg.batch_size / step_s,
-            "speed/tokens_per_s": report.count / step_s,
         }
+        if self.job.tokens is not None:
+            values["speed/tokens_per_s"] = report.count / step_s
         self.metrics.log(self.step, values | pipeline_values(report.stages, self.schedule))
         self._write_status("running", None)
 
     def _evaluate(self) -> None:
-        valid = open_data(self.cfg, self.job.tokens, "valid", "once")
-        tokens = self.job.tokens
+        valid, tokens = open_data(self.cfg, self.job.tokens, "valid"), self.job.tokens
         values, self._requests = self.evaluator.run(
             valid,
             self.cfg.eval.batches,
-            characters_per_token=tokens.num_bytes["valid"] / tokens.num_tokens["valid"],
+            characters_per_token=tokens.num_bytes["valid"] / tokens.num_tokens["valid"] if tokens is not None else None,
             request=lambda: float(self.signals.request),
         )
         self._loss_val = values.get("loss/val")

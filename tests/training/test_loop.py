@@ -237,11 +237,11 @@ def test_evaluation_covers_the_split_once_without_dropout(tmp_path: Path) -> Non
     cfg = settings(eval=EvalConfig(every=6))
     run(tmp_path, "run", 3, cfg)
     tokens = tokens_of(tmp_path)
-    recipe = build_recipe(cfg, tokens.vocab_size)
+    recipe = build_recipe(cfg, tokens)
     model = plain_model(recipe, seed=0).eval()
     weights = {k.removeprefix("model/"): v for k, v in saved(tmp_path, "run", 6).items() if k.startswith("model/")}
     model.load_state_dict({name.replace("blocks.", "blocks_"): value for name, value in weights.items()})
-    data = open_data(cfg, tokens, "valid", "once")
+    data = open_data(cfg, tokens, "valid")
     total = count = 0.0
     with torch.no_grad():
         for index in range(data.num_batches):

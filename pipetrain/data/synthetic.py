@@ -1,0 +1,60 @@
+"""Samples that are made as they are needed: noise around a mean that tells the class. For tests and measurements."""
+
+from collections.abc import Sequence
+
+import torch
+
+from pipetrain.errors import ConfigError
+from pipetrain.seeds import derive_seed
+
+
+class SyntheticBatches:
+    """Batches of samples, each a pure function of (seed, split, its number).
+
+    A sample of class c is standard normal noise plus c's own offset of each channel, the first size of `shape`; the
+    offsets are the same in all splits, so what is learned from one can be tested on another. Every epoch has the same
+    samples in the same order; of training what does not fill a batch is dropped, of other splits it is a smaller batch.
+
+    Args:
+        shape: sizes of one sample.
+        samples: of one epoch.
+        split: 'train', 'valid' or 'test'.
+
+    Raises:
+        ConfigError: if there are fewer samples than one batch of training needs.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], classes: int, samples: int, split: str, *, batch_size: int, seed: int
+    ) -> None:
+        if split == "train" and samples < batch_size:
+            raise ConfigError(
+                f"data.samples={samples} do not fill one batch of batch_size={batch_size}; "
+                f"use data.samples={batch_size} or more"
+            )
+        self._shape, self._classes, self._samples, self._split = tuple(shape), classes, samples, split
+        self._batch_size, self._seed = batch_size, seed
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one epoch."""
+        full = self._samples // self._batch_size
+        return full if self._split == "train" else -(-self._samples // self._batch_size)
+
+    def rows(self, index: int) -> int:
+        """Samples in batch `index`, without making it."""
+        return min(self._batch_size, self._samples - index % self.num_batches * self._batch_size)
+
+    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs float32 [rows, *shape] and class numbers int64 [rows] of batch `index`."""
+        first = index % self.num_batches * self._batch_size
+        samples = [self._sample(first + row) for row in range(self.rows(index))]
+        return torch.stack([inputs for inputs, _ in samples]), torch.tensor([target for _, target in samples])
+
+    def _sample(self, number: int) -> tuple[torch.Tensor, int]:
+        draws = torch.Generator().manual_seed(derive_seed(self._seed, "data", self._split, number))
+        target = int(torch.randint(self._classes, (), generator=draws))
+        offsets = torch.Generator().manual_seed(derive_seed(self._seed, "class", target))
+        channels, *rest = self._shape
+        offset = torch.randn(channels, generator=offsets).reshape(channels, *(1 for _ in rest))
+        return torch.randn(self._shape, generator=draws) + offset, target
