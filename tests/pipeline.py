@@ -51,8 +51,9 @@ def build_runtime(
     return Runtime([stage], len(balance), transport, CPU, ties=ties)
 
 
-def _tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return inputs if isinstance(inputs, tuple) else (inputs,)
+def _tuple(inputs: Tensor | tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
 
 
 def train(
@@ -80,7 +81,7 @@ def train(
         for step, (inputs, targets) in enumerate(batches):
             total = recipe.count((targets,))
             report = runtime.train_step(
-                program, step, _tuple(inputs), (targets,), total=total, update=lambda _: optimizer.step() and None
+                program, step, _tuple(inputs, dtype), _tuple(targets, dtype), total=total, update=lambda _: optimizer.step() and None
             )
             reports.append(report)
         parameters = {n: p.detach().clone() for n, p in runtime.parameters.items()}

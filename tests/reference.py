@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pipetrain.check.reference import PlainModel
 from pipetrain.models import Recipe
 from pipetrain.partition.split import build_layer
 from pipetrain.seeds import derive_seed
@@ -62,3 +63,23 @@ def microbatch_loss(
         (loss / total).backward()
         loss_sum += float(loss.detach().double())
     return loss_sum
+
+
+def plain_step(
+    recipe: Recipe, inputs: Tensor | tuple[Tensor, ...], targets: Tensor, *, num_microbatches: int, seed: int = 0
+) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+    """Loss sum, gradients and buffers of the first step in float64: the whole model in one graph a micro-batch."""
+    model = PlainModel(recipe, seed, torch.device("cpu"))
+    batch = (*(inputs if isinstance(inputs, tuple) else (inputs,)), targets)
+    pieces = [
+        [t.double() if t.is_floating_point() else t for t in tensor.tensor_split(num_microbatches)] for tensor in batch
+    ]
+    total, loss_sum = recipe.count((targets,)), 0.0
+    for m, (*x, y) in enumerate(zip(*pieces, strict=True)):
+        loss = recipe.loss_sum(model.forward(tuple(x), 0, m), (y,))
+        (loss / total).backward()
+        loss_sum += float(loss.detach())
+    for batch_norm in model.batch_norms:
+        batch_norm.end_of_step(1)
+    gradients = {name: p.grad for name, p in model.parameters.items() if p.grad is not None}
+    return loss_sum, gradients, model.buffers()

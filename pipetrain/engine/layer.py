@@ -4,10 +4,10 @@ Every layer has an autograd graph of its own, on one stage as on many: its input
 and the engine carries the gradients across. What happens at a border is therefore the same code whether or not the
 border is also one between two stages, and that is why the numbers do not depend on the cut:
 
-    inputs --detach--> leaves --module--> outputs (contiguous)
-    leaves.grad <------ autograd.backward(outputs, gradients made contiguous)
+    inputs --detach--> leaves --module--> outputs
+    leaves.grad <------ autograd.backward(outputs, gradients)
 
-(Contiguous, because the same sum over other strides can give other bits.)
+Values and gradients keep their strides from layer to layer, also where they travel.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec
 
 from pipetrain.engine.buffers import OwnBuffers
-from pipetrain.engine.structure import flatten
+from pipetrain.engine.structure import flatten, without_gaps
 from pipetrain.errors import LayerError
 
 # Makes a module's positional arguments of its inputs, a flat list in which each value is once.
@@ -51,7 +51,7 @@ class LayerGraph:
         """
         if gradients:
             edges = [self._edges[place] for place in gradients]
-            torch.autograd.backward(edges, [gradient.contiguous() for gradient in gradients.values()])
+            torch.autograd.backward(edges, list(gradients.values()))
         self._edges = {}
         return [torch.zeros_like(x) if x.grad is None else x.grad for x in self._inputs]
 
@@ -108,4 +108,4 @@ class Layer:
             self.changed_inputs = changed
         elif not changed <= self.changed_inputs:
             raise LayerError(f"layer {self.name} changed an input in place, which it did not do the first time")
-        return [x.contiguous() if isinstance(x, Tensor) else x for x in leaves], spec
+        return [without_gaps(x) if isinstance(x, Tensor) else x for x in leaves], spec

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from pipetrain.engine.structure import TensorSpec
+from pipetrain.engine.message import Wire
 
 T = TypeVar("T")
 
@@ -54,13 +54,13 @@ class _Delivered:
 class _Letter:
     network: _Network
     address: tuple[str, int, int, int]
-    spec: TensorSpec | None
+    wire: Wire | None
 
     def wait(self) -> Tensor:
         self.network.wait_for(lambda: bool(self.network.mail.get(self.address)))
         tensor = self.network.mail[self.address].pop(0)
-        if self.spec is not None and (tensor.shape, tensor.dtype) != (self.spec.shape, self.spec.dtype):
-            raise RuntimeError(f"message {self.address} is {tensor.dtype} {tensor.shape}, but {self.spec} was posted")
+        if self.wire is not None and Wire(tensor.numel(), tensor.dtype) != self.wire:
+            raise RuntimeError(f"message {self.address} is {tensor.dtype} {tensor.shape}, but {self.wire} was posted")
         return tensor
 
 
@@ -79,8 +79,8 @@ class LocalTransport:
         self._network.changed()
         return _Delivered()
 
-    def post(self, spec: TensorSpec, from_rank: int, tag: int) -> _Letter:
-        return _Letter(self._network, ("tensor", from_rank, self.rank, tag), spec)
+    def post(self, wire: Wire, from_rank: int, tag: int) -> _Letter:
+        return _Letter(self._network, ("tensor", from_rank, self.rank, tag), wire)
 
     def tell(self, data: Tensor, to_rank: int, tag: int) -> _Delivered:
         return self.send(data, to_rank, tag, kind="control")

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pipetrain.engine.structure import describe, kind_of
 from pipetrain.errors import LayerError
 
 Tensors = tuple[Tensor, ...]
@@ -29,7 +30,7 @@ class Loss(nn.Module):
         """
         loss = self._loss_sum(output, self.targets)
         if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-            got = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            got = describe([kind_of(loss, False)])
             raise LayerError(
                 "the loss must be one number, the sum over the valid samples of a micro-batch: a floating-point tensor "
                 f"of shape [] (got {got}); end it with .sum()"

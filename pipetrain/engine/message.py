@@ -5,7 +5,6 @@ its own for each would cost more than the copy. Both ends compute the same layou
 """
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,12 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipetrain.engine.structure import ConstantSpec, LeafKind, NumberSpec, TensorSpec
+from pipetrain.engine.structure import ConstantSpec, LeafKind, NumberSpec, TensorSpec, flat, same_kind
 
 ValueId = tuple[int, int]  # (layer, leaf of its output)
 Values = dict[ValueId, Any]
 
+_NUMBER = TensorSpec((1,), (1,), torch.int64, False)
 _ALIGNMENT = 16  # bytes; a view of a buffer as another type must start at a multiple of that type's size
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """The flat tensor that travels: its number of elements and their type."""
+
+    numel: int
+    dtype: torch.dtype
+
+    def empty(self, device: torch.device) -> Tensor:
+        """A buffer to receive it in."""
+        return torch.empty(self.numel, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Layout:
     @cached_property
     def _travelling(self) -> list[tuple[ValueId, TensorSpec]]:
         return [
-            (value, TensorSpec((1,), torch.int64, False) if isinstance(kind, NumberSpec) else kind)
+            (value, _NUMBER if isinstance(kind, NumberSpec) else kind)
             for value, kind in self.parts
             if not isinstance(kind, ConstantSpec)
         ]
@@ -44,12 +56,13 @@ class Layout:
         return len(self._travelling) == 1 and not self._numbers
 
     @cached_property
-    def wire(self) -> TensorSpec | None:
+    def wire(self) -> Wire | None:
         """The one tensor that travels; None if nothing does."""
         if self._is_one_tensor:
-            return self._travelling[0][1]
+            spec = self._travelling[0][1]
+            return Wire(spec.numel, spec.dtype) if spec.numel else None
         size = sum(_padded(spec.num_bytes) for _, spec in self._travelling)
-        return TensorSpec((size,), torch.uint8, False) if size else None
+        return Wire(size, torch.uint8) if size else None
 
     def pack(self, values: Values, device: torch.device) -> Tensor | None:
         """The message.
@@ -58,17 +71,17 @@ class Layout:
             RuntimeError: if a tensor is not what the layout says.
         """
         for value, kind in self.parts:
-            if isinstance(kind, TensorSpec) and (values[value].shape, values[value].dtype) != (kind.shape, kind.dtype):
+            if isinstance(kind, TensorSpec) and not same_kind(values[value], kind):
                 raise RuntimeError(f"a value of layer {value[0]} is {tuple(values[value].shape)}, not {kind.shape}")
         if self._is_one_tensor:
-            tensor: Tensor = values[self._travelling[0][0]]
-            return tensor
+            value, spec = self._travelling[0]
+            return flat(spec.conform(values[value])) if spec.numel else None
         if self.wire is None:
             return None
         buffer, start = self.wire.empty(device), 0
         for value, spec in self._travelling:
             tensor = _bits_of(values[value]) if value in self._numbers else values[value]
-            _view(buffer, start, spec).copy_(tensor)
+            _part(buffer, start, spec).copy_(flat(spec.conform(tensor)))
             start += _padded(spec.num_bytes)
         return buffer
 
@@ -76,11 +89,12 @@ class Layout:
         """The values of a message; a device among them becomes that of the receiver."""
         values: Values = {}
         if self._is_one_tensor:
-            values[self._travelling[0][0]] = message
-        elif message is not None:
-            start = 0
+            value, spec = self._travelling[0]
+            values[value] = spec.shaped(Wire(0, spec.dtype).empty(device) if message is None else message)
+        elif self._travelling:
+            message, start = Wire(0, torch.uint8).empty(device) if message is None else message, 0
             for value, spec in self._travelling:
-                tensor = _view(message, start, spec)
+                tensor = spec.shaped(_part(message, start, spec))
                 values[value] = _number_of(tensor, self._numbers[value]) if value in self._numbers else tensor
                 start += _padded(spec.num_bytes)
         for value, kind in self.parts:
@@ -93,8 +107,8 @@ def _padded(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _view(buffer: Tensor, start: int, spec: TensorSpec) -> Tensor:
-    return buffer[start : start + spec.num_bytes].view(spec.dtype).view(spec.shape)
+def _part(buffer: Tensor, start: int, spec: TensorSpec) -> Tensor:
+    return buffer[start : start + spec.num_bytes].view(spec.dtype)
 
 
 def _bits_of(number: float) -> Tensor:
@@ -105,8 +119,3 @@ def _bits_of(number: float) -> Tensor:
 
 def _number_of(bits: Tensor, kind: type) -> Any:
     return struct.unpack("d", struct.pack("q", int(bits)))[0] if kind is float else kind(int(bits))
-
-
-def gradients_of(parts: Sequence[tuple[ValueId, LeafKind]]) -> Layout:
-    """The layout of the gradients that come back for some values."""
-    return Layout(tuple((v, kind) for v, kind in parts if isinstance(kind, TensorSpec) and kind.needs_grad))

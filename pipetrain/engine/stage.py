@@ -75,7 +75,7 @@ class Stage:
         for layer in self.layers:
             self.random.watch(layer.module, layer.full_name)
         self._statistics = [
-            MiniBatchStatistics(layer.full_name(name), module)
+            MiniBatchStatistics(layer.full_name(name).rstrip("."), module)
             for layer in self.layers
             for name, module in layer.module.named_modules()
             if isinstance(module, _BatchNorm)
@@ -121,7 +121,8 @@ class Stage:
             targets: what the loss compares with; used on the last stage.
             key: the kind of micro-batch, see `structure.key_of`.
             for_backward: False in evaluation: nothing is kept.
-            keep_graph: False where a recompute will come before the backward.
+            keep_graph: False where a recompute will come before the backward. (The graphs are made all the same, and
+                dropped layer by layer: without one, torch picks other kernels for some layers, with other bits.)
 
         Returns:
             The values that other stages take; on the last stage with the loss sum among them.
@@ -131,21 +132,17 @@ class Stage:
             self._in_flight[microbatch] = state
             if not keep_graph:
                 state.inputs = dict(inputs)
-        # Without a graph nothing tells which outputs want a gradient, so the first forward of a kind has one.
-        with_graph = for_backward and (keep_graph or not self.wiring.knows(key, self._first))
         self._count_statistics(microbatch if for_backward else None)
-        values = self._run(microbatch, inputs, state, with_graph, keep_buffers=for_backward and not keep_graph)
-        if for_backward and self.is_last and with_graph:
+        values = self._run(microbatch, inputs, state, for_backward, keep_graph=keep_graph)
+        if for_backward and self.is_last:
             self._check_gradient(key)
-        if not keep_graph:
-            state.graphs.clear()
         return values
 
     def recompute(self, microbatch: int) -> None:
         """Runs the forward again to have its graph."""
         state = self._in_flight[microbatch]
         self._count_statistics(None)
-        self._run(microbatch, state.inputs, state, with_graph=True, rewind=True)
+        self._run(microbatch, state.inputs, state, with_graph=True, again=True)
         state.inputs, state.buffers = {}, {}
 
     def backward(self, microbatch: int, gradients: Values) -> Values:
@@ -211,8 +208,8 @@ class Stage:
         state: _InFlight,
         with_graph: bool,
         *,
-        keep_buffers: bool = False,
-        rewind: bool = False,
+        keep_graph: bool = True,
+        again: bool = False,
         look: Callable[[int, Sequence[Any]], None] | None = None,
     ) -> Values:
         values, key = dict(inputs), state.key
@@ -225,16 +222,17 @@ class Stage:
                 taken = [values[value] for value in wired.values]
                 with ExitStack() as buffers:
                     if layer.buffers and layer.module.training:
-                        if rewind:
+                        if again:
                             buffers.enter_context(layer.buffers.rewound(state.buffers.get(number, [])))
                         else:
                             saved = buffers.enter_context(layer.buffers.renewed())
-                            if keep_buffers:
+                            if not keep_graph:
                                 state.buffers[number] = saved
                     if with_graph:
                         leaves, spec, graph = layer.forward_with_graph(taken, wired.arrange, wired.needs_grad)
-                        state.graphs.append((number, wired, graph))
                         needs_grad = graph.needs_grad
+                        if keep_graph:
+                            state.graphs.append((number, wired, graph))
                     else:
                         leaves, spec = layer.forward(taken, wired.arrange)
                         needs_grad = (False,) * len(leaves)
@@ -271,6 +269,9 @@ class Stage:
                 f"the output of layer {layer.name} is {describe(now.leaves)}, but for the same input shapes it was "
                 f"{describe(known.leaves)} before; only values of tensors and numbers may differ between micro-batches"
             )
+        for place, kind in enumerate(known.leaves):
+            if isinstance(kind, TensorSpec):
+                leaves[place] = kind.conform(leaves[place])
 
     def _check_gradient(self, key: int) -> None:
         """Without a gradient of the loss nothing can be trained; names the first layer of this stage that lost it."""

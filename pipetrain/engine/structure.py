@@ -8,6 +8,7 @@ shape, ...: part of the structure, equal for all micro-batches of a kind).
 """
 
 import enum
+import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,22 +24,46 @@ from pipetrain.seeds import derive_seed
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape and dtype of a tensor, and whether its gradient comes back."""
+    """Shape, strides and dtype of a tensor without gaps, and whether its gradient comes back.
+
+    Strides travel, too: a sum over other strides can give other bits, and dropout draws in the order of the memory.
+    """
 
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: torch.dtype
     needs_grad: bool
 
-    def empty(self, device: torch.device) -> Tensor:
-        """A buffer for such a tensor."""
-        return torch.empty(self.shape, dtype=self.dtype, device=device)
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
+        return self.numel * self.dtype.itemsize
+
+    def shaped(self, flat: Tensor) -> Tensor:
+        """The tensor whose memory is `flat`, [numel]."""
+        return flat.as_strided(self.shape, self.stride, flat.storage_offset())
+
+    def conform(self, tensor: Tensor) -> Tensor:
+        """The tensor with these strides; itself where it has them."""
+        if tensor.stride() == self.stride:
+            return tensor
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=tensor.device).copy_(tensor)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The memory of a tensor without gaps: [numel]."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def without_gaps(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a contiguous copy where its memory has gaps or overlaps, as after a slice or an expand."""
+    if tensor.is_contiguous():
+        return tensor
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor if tensor.permute(order).is_contiguous() else tensor.contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +139,7 @@ def structure_of(leaves: Sequence[Any], spec: TreeSpec, needs_grad: Sequence[boo
 def kind_of(leaf: object, needs_grad: bool) -> LeafKind:
     """What a leaf is."""
     if isinstance(leaf, Tensor):
-        return TensorSpec(tuple(leaf.shape), leaf.dtype, needs_grad)
+        return TensorSpec(tuple(leaf.shape), leaf.stride(), leaf.dtype, needs_grad)
     if type(leaf) in (int, float, bool):
         return NumberSpec(type(leaf))
     if isinstance(leaf, _CONSTANTS):
@@ -126,7 +151,7 @@ def kind_of(leaf: object, needs_grad: bool) -> LeafKind:
 
 
 def same_kind(leaf: object, kind: LeafKind) -> bool:
-    """Whether a leaf is what its structure says."""
+    """Whether a leaf is what its structure says, but for its strides."""
     if isinstance(kind, TensorSpec):
         return isinstance(leaf, Tensor) and leaf.shape == kind.shape and leaf.dtype == kind.dtype
     if isinstance(kind, NumberSpec):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipetrain.engine.structure import TensorSpec
+from pipetrain.engine.message import Wire
+from pipetrain.engine.structure import flat
 from pipetrain.engine.transport import Posted, Sent, Transport
 
 _TAG = 1 << 29  # above every tag of the schedule's messages
@@ -48,6 +49,7 @@ def sum_gradients(
         here = [parameters[name] for name, _ in tie.uses if name in parameters]
         if transport.rank not in ranks or not here[0].requires_grad:
             continue
+        shape, dtype = here[0].shape, here[0].dtype
         letters: dict[str, Posted] = {}
         own: dict[str, Tensor] = {}
         for use, (name, stage) in enumerate(tie.uses):
@@ -56,10 +58,11 @@ def sum_gradients(
             if home == transport.rank:
                 parameter = parameters[name]
                 own[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                sent += [transport.send(own[name], rank, tag) for rank in ranks if rank != home]
+                sent += [transport.send(flat(own[name]), rank, tag) for rank in ranks if rank != home]
             else:
-                letters[name] = transport.post(TensorSpec(tuple(here[0].shape), here[0].dtype, False), home, tag)
-        gradients = [own[name] if name in own else letters[name].wait() for name, _ in tie.uses]
+                letters[name] = transport.post(Wire(shape.numel(), dtype), home, tag)
+        arrived = {name: letter.wait().as_strided(shape, here[0].stride()) for name, letter in letters.items()}
+        gradients = [own[name] if name in own else arrived[name] for name, _ in tie.uses]
         total = gradients[0].clone()
         for gradient in gradients[1:]:
             total += gradient

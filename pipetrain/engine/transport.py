@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipetrain.engine.structure import TensorSpec
+from pipetrain.engine.message import Wire
 
 
 class PeerLost(RuntimeError):
@@ -59,7 +59,7 @@ class Transport(Protocol):
     def send(self, tensor: Tensor, to_rank: int, tag: int) -> Sent:
         """Starts a message and returns at once."""
 
-    def post(self, spec: TensorSpec, from_rank: int, tag: int) -> Posted:
+    def post(self, wire: Wire, from_rank: int, tag: int) -> Posted:
         """Makes room for a message and returns at once."""
 
     def tell(self, data: Tensor, to_rank: int, tag: int) -> Sent:
@@ -109,8 +109,8 @@ class DistributedTransport:
         with _PEERS_MAY_BE_LOST:
             return _Leaving(dist.isend(tensor, to_rank, group=self._group, tag=tag), tensor)
 
-    def post(self, spec: TensorSpec, from_rank: int, tag: int) -> Posted:
-        buffer = spec.empty(self._device)
+    def post(self, wire: Wire, from_rank: int, tag: int) -> Posted:
+        buffer = wire.empty(self._device)
         with _PEERS_MAY_BE_LOST:
             return _OnItsWay(dist.irecv(buffer, from_rank, group=self._group, tag=tag), buffer)
 

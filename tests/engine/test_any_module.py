@@ -1,0 +1,411 @@
+"""What may cross a border, and what a layer may do: each against plain PyTorch and against itself at other cuts."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from pipeline import Result, train
+from reference import plain_step
+from torch import Tensor, nn
+
+from pipetrain.errors import ConfigError, LayerError
+from pipetrain.models import BATCH, LayerRecipe, Recipe, Value
+
+D = 6
+
+
+def squared_error(output: Any, targets: tuple[Tensor, ...]) -> Tensor:
+    return (output - targets[0]).square().sum()
+
+
+def recipe_of(*layers: LayerRecipe, ties: Any = (), loss: Callable[..., Tensor] = squared_error) -> Recipe:
+    return Recipe(layers, loss_sum=loss, count=lambda targets: targets[0].numel(), ties=ties)
+
+
+def chain(*modules: Callable[[], nn.Module]) -> Recipe:
+    return recipe_of(*(LayerRecipe(f"layer{i}", build) for i, build in enumerate(modules)))
+
+
+def linear() -> nn.Module:
+    return nn.Linear(D, D)
+
+
+def data(rows: Sequence[int] = (5, 7), shape: tuple[int, ...] = (D,)) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randn(n, *shape, generator=generator), torch.randn(n, *shape, generator=generator)) for n in rows]
+
+
+def every_cut(num_layers: int, most_stages: int = 4) -> list[tuple[int, ...]]:
+    cuts = []
+    for stages in range(1, min(num_layers, most_stages) + 1):
+        for borders in itertools.combinations(range(1, num_layers), stages - 1):
+            edges = [0, *borders, num_layers]
+            cuts.append(tuple(b - a for a, b in itertools.pairwise(edges)))
+    return cuts
+
+
+def assert_same(a: Result, b: Result, case: object) -> None:
+    assert [r.loss_sum for r in a.reports] == [r.loss_sum for r in b.reports], case
+    assert [r.grad_norm for r in a.reports] == [r.grad_norm for r in b.reports], case
+    for kind in ("parameters", "gradients", "buffers"):
+        mine, other = getattr(a, kind), getattr(b, kind)
+        assert mine.keys() == other.keys(), (case, kind)
+        for name, tensor in mine.items():
+            assert torch.equal(tensor, other[name]), (case, kind, name)
+
+
+def assert_every_cut_is_plain(recipe: Recipe, batches: Any = None, num_microbatches: int = 3) -> None:
+    """The same bits at every cut, with and without recompute; equal to plain PyTorch in float64."""
+    batches = batches or data()
+    one = train(recipe, (len(recipe.layers),), batches, num_microbatches=num_microbatches, recompute=False)
+    for balance in every_cut(len(recipe.layers)):
+        for recompute in (True, False):
+            got = train(recipe, balance, batches, num_microbatches=num_microbatches, recompute=recompute)
+            assert_same(got, one, (balance, recompute))
+    exact = train(
+        recipe, (1,) * len(recipe.layers), batches[:1], num_microbatches=num_microbatches, dtype=torch.float64
+    )
+    loss_sum, gradients, buffers = plain_step(recipe, *batches[0], num_microbatches=num_microbatches)
+    assert exact.reports[0].loss_sum == pytest.approx(loss_sum, rel=1e-12)
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    assert exact.gradients.keys() >= gradients.keys()
+    for name, gradient in exact.gradients.items():
+        difference = gradient - gradients.get(name, torch.zeros_like(gradient))
+        assert float(difference.abs().max()) <= 1e-10 * largest, name
+    assert exact.buffers.keys() == buffers.keys()
+    for name, buffer in buffers.items():
+        assert torch.allclose(exact.buffers[name], buffer, rtol=1e-10, atol=1e-12), name
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+class Pack(nn.Module):
+    """Gives a dict with everything that may travel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.linear(x)
+        return {
+            "hidden": (torch.tanh(y), torch.sigmoid(y)),
+            "largest": float(x.max()),  # differs from micro-batch to micro-batch
+            "rows": len(x),
+            "on": True,
+            "mode": "sum",
+            "nothing": None,
+            "mask": x > 0,
+            "order": x.argsort(dim=1),
+        }
+
+
+class Use(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, values: dict[str, Any]) -> dict[str, Any]:
+        a, b = values["hidden"]
+        assert values["mode"] == "sum"
+        assert values["nothing"] is None
+        assert values["on"] is True
+        assert values["rows"] == len(a)
+        mixed = self.linear(a).gather(1, values["order"]) * values["largest"] + b * values["mask"]
+        return {**values, "hidden": (mixed, b * 0.5)}
+
+
+class Unpack(nn.Module):
+    def forward(self, values: dict[str, Any]) -> Tensor:
+        a, b = values["hidden"]
+        return a + b
+
+
+def test_dicts_tuples_none_numbers_strings_masks_and_integers_between_stages() -> None:
+    assert_every_cut_is_plain(chain(Pack, Use, Use, Unpack))
+
+
+def test_frozen_tensors_and_stages_without_parameters() -> None:
+    def frozen() -> nn.Module:
+        return nn.Linear(D, D).requires_grad_(False)
+
+    assert_every_cut_is_plain(chain(frozen, nn.Tanh, linear, frozen, nn.Sigmoid))
+
+
+def test_a_frozen_part_gets_no_gradient_and_no_update() -> None:
+    recipe = chain(lambda: nn.Linear(D, D).requires_grad_(False), linear)
+    got = train(recipe, (1, 1), data(), num_microbatches=2)
+    assert set(got.gradients) == {"layer1.weight", "layer1.bias"}
+
+
+class Growing(nn.Module):
+    """Its output's length follows from its input's: another message size for every input size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x.flip(1)], dim=1)[:, : x.shape[1]]
+
+
+def test_uneven_and_changing_batches_without_a_restart() -> None:
+    recipe = chain(linear, Growing, nn.Tanh, linear)
+    batches = [
+        data((n,), shape)[0] for n, shape in [(5, (D,)), (3, (D,)), (7, (4, D)), (5, (D,)), (3, (2, D)), (4, (D,))]
+    ]
+    assert_every_cut_is_plain(recipe, batches, num_microbatches=3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+def test_any_batch_size_for_any_number_of_micro_batches(rows: int) -> None:
+    recipe = chain(linear, nn.Tanh, linear)
+    for num_microbatches in range(1, rows + 1):
+        got = train(recipe, (1, 2), data((rows,)), num_microbatches=num_microbatches, dtype=torch.float64)
+        loss_sum, gradients, _ = plain_step(recipe, *data((rows,))[0], num_microbatches=1)
+        assert got.reports[0].loss_sum == pytest.approx(loss_sum, rel=1e-12)
+        for name, gradient in gradients.items():
+            assert torch.allclose(got.gradients[name], gradient, rtol=1e-10, atol=1e-13), name
+
+
+# ---- skips -----------------------------------------------------------------------------------------------------------
+
+
+class Add(nn.Module):
+    def forward(self, *values: Tensor) -> Tensor:
+        return torch.stack(values).sum(0)
+
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        y = self.linear(x)
+        return torch.tanh(y), torch.sigmoid(y), 2
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, factor: int) -> Tensor:
+        return x * factor
+
+
+def test_a_u_net_runs_at_every_cut() -> None:
+    """One value for three users on up to four stages: its gradient is one chain of additions."""
+    recipe = recipe_of(
+        LayerRecipe("down0", linear),
+        LayerRecipe("down1", linear),
+        LayerRecipe("middle", linear),
+        LayerRecipe("up1", Add, takes=(Value("middle"), Value("down1"), Value("down0"))),
+        LayerRecipe("mix", linear),
+        LayerRecipe("up0", Add, takes=(Value("mix"), Value("down0"), Value("down1"), Value(BATCH, 0))),
+    )
+    assert_every_cut_is_plain(recipe)
+
+
+def test_elements_go_only_where_they_are_taken() -> None:
+    recipe = recipe_of(
+        LayerRecipe("halves", Halves),
+        LayerRecipe("left", linear, takes=(Value("halves", 0),)),
+        LayerRecipe("right", linear, takes=(Value("halves", 1),)),
+        LayerRecipe("scaled", Scaled, takes=(Value("left"), Value("halves", 2))),
+        LayerRecipe("sum", Add, takes=(Value("scaled"), Value("right"), Value("halves", 0))),
+    )
+    assert_every_cut_is_plain(recipe)
+
+
+def test_several_inputs_of_which_later_layers_take_some() -> None:
+    recipe = recipe_of(
+        LayerRecipe("first", Add),
+        LayerRecipe("second", linear),
+        LayerRecipe("third", Add, takes=(Value("second"), Value(BATCH, 1))),
+        LayerRecipe("fourth", linear),
+    )
+    batches = [((x, x.flip(0)), y) for x, y in data()]
+    assert_every_cut_is_plain(recipe, batches)
+
+
+def test_a_branch_that_nobody_takes_gets_no_gradient() -> None:
+    recipe = recipe_of(
+        LayerRecipe("a", linear),
+        LayerRecipe("unused", linear),
+        LayerRecipe("b", linear, takes=(Value("a"),)),
+    )
+    got = [train(recipe, balance, data(), num_microbatches=2) for balance in every_cut(3)]
+    for other in got[1:]:
+        assert_same(other, got[0], "unused branch")
+    assert "unused.weight" not in got[0].gradients
+
+
+# ---- what a layer may do ---------------------------------------------------------------------------------------------
+
+
+def test_in_place_layers_anywhere() -> None:
+    inplace = lambda: nn.ReLU(inplace=True)  # noqa: E731
+    assert_every_cut_is_plain(chain(inplace, linear, inplace, linear, lambda: nn.Dropout(0.4, inplace=True), linear))
+
+
+def test_an_in_place_layer_leaves_the_users_batch_alone() -> None:
+    batches = data()
+    before = batches[0][0].clone()
+    train(chain(lambda: nn.ReLU(inplace=True), linear), (1, 1), batches, num_microbatches=2)
+    assert torch.equal(batches[0][0], before)
+
+
+def test_changing_in_place_what_another_layer_takes_later_is_refused() -> None:
+    recipe = recipe_of(
+        LayerRecipe("a", linear),
+        LayerRecipe("relu", lambda: nn.ReLU(inplace=True)),
+        LayerRecipe("sum", Add, takes=(Value("relu"), Value("a"))),
+    )
+    with pytest.raises(LayerError, match="layer relu changes in place what layer sum takes after it"):
+        train(recipe, (2, 1), data(), num_microbatches=2)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_norm_statistics_move_once_a_mini_batch(momentum: float | None) -> None:
+    norm = lambda: nn.BatchNorm1d(D, momentum=momentum)  # noqa: E731
+    assert_every_cut_is_plain(chain(linear, norm, nn.Tanh, norm, linear), data((9, 8)), num_microbatches=3)
+
+
+def test_batch_norm_statistics_are_those_of_the_whole_mini_batch() -> None:
+    """Of a first layer, whose input is the batch itself, they can be written down."""
+    ((x, y),) = data((7,))
+    got = train(chain(lambda: nn.BatchNorm1d(D), linear), (1, 1), [(x, y)], num_microbatches=3, dtype=torch.float64)
+    mean, variance = got.buffers["layer0.running_mean"], got.buffers["layer0.running_var"]
+    assert torch.allclose(mean, 0.1 * x.double().mean(0), rtol=1e-12)
+    assert torch.allclose(variance, 0.9 + 0.1 * x.double().var(0, unbiased=True), rtol=1e-12)
+    assert got.buffers["layer0.num_batches_tracked"] == 1
+
+
+def test_sync_batch_norm_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"layer layer0 is a SyncBatchNorm"):
+        train(chain(lambda: nn.SyncBatchNorm(D), linear), (1, 1), data(), num_microbatches=2)
+
+
+def test_spectral_and_weight_norm() -> None:
+    spectral = lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(D, D))  # noqa: E731
+    weight = lambda: nn.utils.parametrizations.weight_norm(nn.Linear(D, D))  # noqa: E731
+    assert_every_cut_is_plain(chain(spectral, nn.Tanh, weight, spectral))
+
+
+class Counting(nn.Module):
+    """Changes buffers of its own, one in place and one by putting a new tensor there, and uses them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(D))
+        self.weight = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x * self.weight + self.calls * self.mean
+
+
+def test_buffers_that_a_layer_changes_are_changed_once_and_seen_again_by_a_recompute() -> None:
+    assert_every_cut_is_plain(chain(linear, Counting, linear, Counting))
+
+
+@pytest.mark.parametrize("balance", [(4,), (1, 3), (2, 2), (1, 1, 1, 1)])
+def test_tied_parameters_of_three_layers(balance: tuple[int, ...]) -> None:
+    ties = ((("layer0", "weight"), ("layer2", "weight"), ("layer3", "weight")),)
+    recipe = recipe_of(*chain(linear, nn.Tanh, linear, linear).layers, ties=ties)
+    got = train(recipe, balance, data(), num_microbatches=3)
+    assert_same(got, train(recipe, (4,), data(), num_microbatches=3), balance)
+    weight = got.parameters["layer0.weight"]
+    assert all(torch.equal(got.parameters[f"layer{i}.weight"], weight) for i in (2, 3))
+    exact = train(recipe, balance, data()[:1], num_microbatches=3, dtype=torch.float64)
+    _, gradients, _ = plain_step(recipe, *data()[0], num_microbatches=3)
+    assert torch.allclose(exact.gradients["layer0.weight"], gradients["layer0.weight"], rtol=1e-10, atol=1e-13)
+
+
+def test_one_module_in_two_layers_is_tied_and_not_added_up_twice() -> None:
+    shared: list[nn.Module] = []
+
+    def same() -> nn.Module:
+        if not shared:  # made once for the whole model, from a seed of its own
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                shared.append(nn.Linear(D, D))
+        return shared[0]
+
+    def run(balance: tuple[int, ...]) -> Result:
+        ties = tuple((("a", name), ("b", f"{name}")) for name in ("weight", "bias"))
+        layers = (LayerRecipe("a", same), LayerRecipe("tanh", nn.Tanh), LayerRecipe("b", same))
+        return train(replace(recipe_of(*layers, ties=ties), release=shared.clear), balance, data(), num_microbatches=2)
+
+    assert_same(run((1, 2)), run((3,)), "one module, two layers")
+
+
+def test_attention_and_recurrent_dropout_is_the_same_at_every_cut() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(D, D, num_layers=2, dropout=0.5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lstm(x)[0]  # type: ignore[no-any-return]
+
+    class Attentive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(D, 2, dropout=0.3, batch_first=True)
+            self.drop = nn.Dropout(0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(x + self.drop(self.attention(x, x, x, need_weights=False)[0]))  # type: ignore[no-any-return]
+
+    assert_every_cut_is_plain(chain(Recurrent, Attentive, Attentive), data((5, 4), (3, D)))
+
+
+# ---- bad modules -----------------------------------------------------------------------------------------------------
+
+
+def test_a_module_without_a_gradient_is_named() -> None:
+    class Cut(nn.Module):
+        def forward(self, x: Tensor) -> float:
+            return float(x.detach().sum())
+
+    loss = lambda output, targets: output * targets[0].sum()  # noqa: E731
+    layers = chain(linear, Cut).layers
+    with pytest.raises(LayerError, match=r"no gradient can pass layer layer1: it returns a number \(float\)"):
+        train(recipe_of(*layers, loss=loss), (1, 1), data(), num_microbatches=2)
+
+
+def test_nothing_to_train_is_said() -> None:
+    with pytest.raises(LayerError, match="the loss does not depend on any parameter that can be trained"):
+        train(chain(nn.Tanh, nn.Sigmoid), (1, 1), data(), num_microbatches=2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        (lambda output, targets: (output - targets[0]).square(), r"got a float32 tensor \[2, 6\]"),
+        (lambda output, targets: 1.0, r"got a number \(float\)"),
+        (lambda output, targets: output.sum().long(), r"got a int64 tensor \[\]"),
+    ],
+)
+def test_a_loss_of_the_wrong_shape_is_refused(loss: Callable[..., Any], got: str) -> None:
+    with pytest.raises(LayerError, match=f"the loss must be one number.*{got}"):
+        train(recipe_of(*chain(linear, nn.Tanh).layers, loss=loss), (1, 1), data((4,)), num_microbatches=2)
+
+
+def test_an_object_that_cannot_travel_is_named() -> None:
+    class Box:
+        pass
+
+    class Boxed(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Box]:
+            return x, Box()
+
+    with pytest.raises(LayerError, match=r"layer layer0: a .*Box cannot go from layer to layer; return tensors"):
+        train(chain(Boxed, linear), (1, 1), data(), num_microbatches=2)
+
+
+def test_an_element_that_is_not_there_is_named() -> None:
+    recipe = recipe_of(LayerRecipe("a", Halves), LayerRecipe("b", linear, takes=(Value("a", 3),)))
+    with pytest.raises(LayerError, match="layer b takes element 3 of a, which is"):
+        train(recipe, (1, 1), data(), num_microbatches=2)
