@@ -4,14 +4,16 @@ import signal
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import QUICK, Command, wait_until
 from launch_stub import Launch, launch  # noqa: F401
+from runs import settings
 
-from pipetrain import cli
-from pipetrain.config import Config
-from pipetrain.errors import Exit
+from pipetrain import cli, rules
+from pipetrain.config import CheckConfig, Config
+from pipetrain.errors import ConfigError
 
 CHECK = [*QUICK, "action=check", "devices=2", "optimizer.lr=0.01", "lr_rule.warmup_steps=0"]
 
@@ -91,23 +93,27 @@ def test_an_interrupt_leaves_nothing_behind(command: Command) -> None:
     assert list(command.folder.iterdir()) == []
 
 
+@pytest.mark.dist
+def test_wrong_settings_are_refused(command: Command) -> None:
+    done = command(*CHECK, "balance=[9,9]")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: balance=[9,9] sums to 18, but the model has 4 layers")
+    assert done.stdout == ""
+    assert list(command.folder.iterdir()) == []
+
+
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("change", "text"),
     [
-        (["action=chek"], "action=chek: no such choice. Did you mean 'check'?"),
-        (["action=check", "check.steps=1"], "check.steps=1 must be at least 2"),
-        (["action=check", "balance=[9,9]", "devices=2"], "balance=[9,9] sums to 18, but the model has 4 layers"),
+        ({"action": "chek"}, "action=chek: no such choice. Did you mean 'check'?"),
+        ({"check": CheckConfig(steps=1)}, "check.steps=1 must be at least 2"),
+        ({"action": "check", "resume": "runs/a/b"}, "action=check runs the first steps of the settings"),
     ],
 )
-def test_wrong_settings_are_refused(
-    words: list[str], text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert cli.main([*QUICK, *words]) == Exit.BAD_SETTINGS
-    out, err = capsys.readouterr()
-    assert text in err
-    assert out == ""
-    assert list(tmp_path.iterdir()) == []
+def test_rules(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        rules.check(settings(**change), 0)
+    assert text in str(raised.value)
 
 
 def test_a_check_is_no_run(launch: Launch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
