@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "partition": {"models", "schedule", "costs", "errors", "seeds", "suggest"},
     "engine": {"schedule", "errors", "seeds"},
     "training": BASE | {"config", "schedule", "sim", "models", "data", "partition", "engine"},
+    "pipeline": {"engine", "errors", "models", "partition", "schedule", "sim", "suggest", "training"},
     "processes": set(),
     "torchrun": {"errors"},
     "worker": {"processes", "training", "engine", "errors", "paths"},
