@@ -129,7 +129,11 @@ def _register() -> None:
     store.store(name="schema", node=Config)
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
-            store.store(group=f"schema/{group}", name=name, node=schema)
+            node = OmegaConf.structured(schema)
+            for field in fields(schema):
+                if field.default_factory is dict:  # any key may be typed there, such as model.arguments.width=64
+                    OmegaConf.set_struct(node[field.name], False)
+            store.store(group=f"schema/{group}", name=name, node=node)
     OmegaConf.register_new_resolver("pipetrain.id", lambda: secrets.token_hex(2), use_cache=True)
     OmegaConf.register_new_resolver("pipetrain.slug", slug)
     Plugins.instance().register(_UserConfDir)

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from pipetrain import rules
-from pipetrain.config import Config, TextConfig
+from pipetrain.config import AnythingConfig, Config, TextConfig, num_microbatches
 from pipetrain.data.text import TokenFolder, prepare_text
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit, PipetrainError
+from pipetrain.models import Recipe, try_out
 from pipetrain.paths import RunPaths
 from pipetrain.processes import Ended, run_workers
 from pipetrain.torchrun import Place
@@ -110,7 +111,10 @@ def prepare(
             open_data(cfg, tokens, "valid")
         except ConfigError as error:
             raise ConfigError(f"{error}; or train without evaluation: eval.every=0") from error
-    rules.check_model(cfg, len(build_recipe(cfg, tokens).layers), len(devices))
+    recipe = build_recipe(cfg, tokens)
+    rules.check_model(cfg, len(recipe.layers), len(devices))
+    if isinstance(cfg.model, AnythingConfig):
+        _try_out(cfg, recipe, tokens)
     job = Job(cfg, run, tokens, devices, found)
     if saved is not None and isinstance(cfg.data, TextConfig) and saved.data != job.data_id:
         raise ConfigError(
@@ -121,6 +125,18 @@ def prepare(
         _check_goes_on(cfg, saved.step, steps_of_epoch)
         say(f"going on from step {saved.step}{_changes(cfg, saved)}")
     return job
+
+
+def _try_out(cfg: Config, recipe: Recipe, tokens: TokenFolder | None) -> None:
+    """The first rows of the first batch, as many as the smallest micro-batch has."""
+    rows = cfg.batch_size // num_microbatches(cfg)
+    inputs, targets = open_data(cfg, tokens, "train").batch(0)
+    try:
+        try_out(recipe, (inputs[:rows],), (targets[:rows],))
+    except ConfigError as error:
+        raise ConfigError(
+            f"model={cfg.model.name}, a micro-batch of {rows} from data={cfg.data.name}: {error}"
+        ) from error
 
 
 def _prepare_text(data: TextConfig) -> TokenFolder:

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "torchrun": {"errors"},
     "worker": {"processes", "training", "engine", "errors", "paths"},
     "check": {"config", "paths", "errors", "models", "partition", "seeds", "training", "torchrun", "worker", "launch"},
-    "launch": {"processes", "torchrun", "training", "worker", "config", "rules", "data", "devices", "errors", "paths"},
+    "launch": BASE | {"processes", "torchrun", "training", "worker", "config", "rules", "models", "data", "devices"},
 }
 # The front end: may use anything below it, launch only inside the function that starts a run.
 FRONT = {"cli", "__main__", "argv", "mistakes", "help", "sweep", "footprint"}

@@ -6,6 +6,7 @@ from typing import Any
 from pipetrain.models.anything import anything
 from pipetrain.models.recipe import BATCH, LayerRecipe, Recipe, Value
 from pipetrain.models.transformer import transformer
+from pipetrain.models.tryout import try_out
 
 MODELS: dict[str, Callable[..., Recipe]] = {"anything": anything, "transformer": transformer}
 
@@ -15,4 +16,4 @@ def build(name: str, **settings: Any) -> Recipe:
     return MODELS[name](**settings)
 
 
-__all__ = ["BATCH", "MODELS", "LayerRecipe", "Recipe", "Value", "build"]
+__all__ = ["BATCH", "MODELS", "LayerRecipe", "Recipe", "Value", "build", "try_out"]

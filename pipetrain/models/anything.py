@@ -34,7 +34,7 @@ def anything(*, factory: str, arguments: Mapping[str, Any], loss: str, seed: int
             there is no such loss.
     """
     loss_sum, count = find_loss(loss)
-    make = partial(_make, factory, _find(factory), dict(arguments))
+    make = partial(_make, _find(factory), dict(arguments))
     whole = Whole(make, seed)
     try:
         layers, ties = capture(_without_memory(make, seed), whole.module, num_inputs)
@@ -57,7 +57,7 @@ def _find(name: str) -> Callable[..., Any]:
     return partial(models.get_model, name, weights=None)
 
 
-def _make(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:
+def _make(factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:
     """Calls the factory.
 
     Raises:
@@ -71,12 +71,12 @@ def _make(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> 
             takes = f"; it takes {inspect.signature(factory)}" if isinstance(error, TypeError) else ""
         except (TypeError, ValueError):
             takes = ""
-        raise ConfigError(f"model.factory={name} cannot be called with ({given}): {shown(error)}{takes}") from error
+        raise ConfigError(f"it cannot be called with ({given}): {shown(error)}{takes}") from error
     blocks = list(made) if isinstance(made, list | tuple) else [made]
     wrong = next((block for block in blocks if not isinstance(block, nn.Module)), None)
     if wrong is not None or not blocks:
-        what = "an empty list" if not blocks else f"a {type(wrong).__name__}"
-        raise ConfigError(f"model.factory={name} gives {what}; it must give an nn.Module or a list of them")
+        what = f"{wrong!r:.60}, a {type(wrong).__name__}" if blocks else "an empty list"
+        raise ConfigError(f"it gives {what}; it must give an nn.Module or a list of them")
     return nn.Sequential(*blocks) if isinstance(made, list | tuple) else made
 
 

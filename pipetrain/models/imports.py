@@ -8,8 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipetrain.errors import ConfigError
 from pipetrain.suggest import did_you_mean
+
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)
 
 
 def import_object(key: str, name: str) -> Callable[..., Any]:
@@ -45,11 +50,15 @@ def import_object(key: str, name: str) -> Callable[..., Any]:
 
 
 def shown(error: Exception) -> str:
-    """An exception in one line, with the user's line that raised it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    last = frames[-1] if frames else None
-    where = f" ({last.filename}:{last.lineno}, `{last.line}`)" if last is not None and last.line else ""
+    """An exception in one line, with the last line of the user's code on the way to it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`)" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
+
+
+def is_users(file: str) -> bool:
+    """Whether code of this file is neither torch's nor ours nor made while running."""
+    return not file.startswith((_TORCH, _OURS, "<"))
 
 
 def _look_in_current_directory() -> None:

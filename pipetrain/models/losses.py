@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -96,14 +95,10 @@ class _Own:
 
     def __call__(self, output: Any, targets: Tensors) -> Tensor:
         loss = self._function(output, *targets)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
             shown = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise ConfigError(
                 f"model.loss={self._name} returns {shown}; it must return one number, the sum of the loss over the "
                 "samples, such as F.cross_entropy(output, target, reduction='sum')"
             )
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ConfigError(
-                f"model.loss={self._name} returns a number that does not depend on the model's parameters"
-            )
-        return loss.reshape(())
+        return loss

@@ -14,7 +14,6 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import fx, nn
 
 from pipetrain.errors import ConfigError
+from pipetrain.models.imports import is_users
 
 # Functions that make a tensor from numbers. A call is recorded as a node: its numbers may be sizes of an input, its
 # values random or changed in place later; as a constant of the trace all of that would be frozen.
@@ -31,7 +31,6 @@ _FACTORIES = (
     *("tril_indices", "triu_indices"),
 )
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu)(:\d+)?")
-_TORCH = str(Path(torch.__file__).parent)
 _WAYS_OUT = (
     "Two ways out: put these lines into a sub-module of its own, which is then kept whole; "
     "or let the factory return an nn.Sequential or a list of blocks, which needs no tracing"
@@ -196,13 +195,9 @@ def _refuse_fixed_device(called: str, arguments: tuple[Any, ...]) -> None:
 # ---- the user's lines ------------------------------------------------------------------------------------------------
 
 
-def _is_users(file: str) -> bool:
-    return not file.startswith(_TORCH) and file != __file__
-
-
 def _users_frame() -> FrameType | None:
     frame: FrameType | None = sys._getframe()
-    while frame is not None and not _is_users(frame.f_code.co_filename):
+    while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
 
@@ -235,7 +230,7 @@ def _place(frame: FrameType | None) -> str:
 
 
 def _in_the_way(error: Exception) -> str:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
     where = f"{frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else "its forward"
     reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
     return f"the model cannot be captured because of {where}: {reason}. {_WAYS_OUT}"

@@ -1,0 +1,96 @@
+"""One micro-batch through a model before any worker starts: mistakes in its shapes are found here, with the layer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pipetrain.errors import ConfigError
+from pipetrain.models.imports import shown
+from pipetrain.models.recipe import BATCH, Recipe, Tensors, Value
+from pipetrain.models.whole import WithoutMemory, seeded
+
+
+class _Failed(Exception):
+    """What went wrong, in words; the cause is the exception of the model."""
+
+
+def try_out(recipe: Recipe, inputs: Tensors, targets: Tensors) -> None:
+    """Runs the layers and the loss on one micro-batch.
+
+    On tensors without values, which takes neither memory nor time. A model that looks at values cannot run so: it is
+    let pass. Any other failure is only believed when it happens with values, too.
+
+    Raises:
+        ConfigError: naming the first layer that fails, the loss, or the layer behind which no gradient is left.
+    """
+    try:
+        with seeded(0), WithoutMemory():
+            layers = _built(recipe, "meta")
+        with torch.device("meta"):
+            _run(recipe, layers, *(tree_map(lambda t: t.to("meta"), tensors) for tensors in (inputs, targets)))
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, NotImplementedError) or "meta" in str(cause).lower():
+            return
+    else:
+        return
+    try:
+        with seeded(0):
+            _run(recipe, _built(recipe, "cpu"), inputs, targets)
+    except _Failed as error:
+        raise ConfigError(str(error)) from error.__cause__
+
+
+def _built(recipe: Recipe, device: str) -> list[nn.Module]:
+    try:
+        return [layer.build().to(device) for layer in recipe.layers]
+    finally:
+        recipe.release()
+
+
+def _run(recipe: Recipe, layers: list[nn.Module], inputs: Tensors, targets: Tensors) -> None:
+    outputs: dict[str, Any] = {BATCH: inputs}
+
+    def value(taken: Value) -> tuple[Any, ...]:
+        whole = outputs[taken.layer]
+        if taken.element is not None:
+            return (whole[taken.element],)
+        return whole if taken.layer == BATCH else (whole,)
+
+    ends_at, output = "", None
+    for place, (layer, module) in enumerate(zip(recipe.layers, layers, strict=True)):
+        arguments = [argument for taken in recipe.taken_by(place) for argument in value(taken)]
+        try:
+            output = outputs[layer.name] = module(*arguments)
+        except Exception as error:
+            sizes = ", ".join(_shown(argument) for argument in arguments)
+            raise _Failed(f"layer {layer.name} fails on {sizes}: {shown(error)}") from error
+        if not ends_at and any(p.requires_grad for p in module.parameters()) and not _has_gradient(output):
+            ends_at = layer.name
+    try:
+        loss = recipe.loss_sum(output, targets)
+    except ConfigError as error:
+        raise _Failed(str(error)) from error
+    except Exception as error:
+        sizes = f"{_shown(output)} and targets {', '.join(map(_shown, targets))}"
+        raise _Failed(f"the loss fails on the model's output {sizes}: {shown(error)}") from error
+    if not loss.requires_grad:
+        raise _Failed(
+            f"layer {ends_at or recipe.layers[-1].name} gives nothing that a gradient can flow through "
+            f"({_shown(outputs[ends_at or recipe.layers[-1].name])}), so the loss trains nothing; "
+            "let it return floating tensors that depend on its parameters"
+        )
+
+
+def _has_gradient(output: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(map(_shown, value)) + ")"
+    return repr(value)[:60]
