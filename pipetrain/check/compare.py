@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class Row:
     Attributes:
         what: the quantity.
         against: what it is compared with.
-        difference: the largest one, as a share of `scale` in words; None if the model has no such quantity.
+        difference: the largest one, as a share of the quantity's largest magnitude; None if the model has none of it.
         where: name and step of the largest difference; for None what the model does not have.
         limit: the largest difference that holds; 0 asks for the same bits.
     """
@@ -75,18 +75,16 @@ def compare(
     runs: tuple[Recorded, Recorded],
     steps: Iterable[int],
     limit: float,
-    units: Mapping[int, float] | None = None,
 ) -> Row:
-    """The row of one kind of tensors.
+    """The row of one kind of tensors; differences are a share of the largest magnitude in the whole model.
 
     Args:
         runs: the one to judge, and the one that says what is right. A tensor that only one has counts as zeros.
-        units: what differences are measured in, for each step; None: the largest magnitude in the whole model.
     """
     worst, where, found = 0.0, "", False
     for step in steps:
         ours, right = (run.tensors(step, kind) for run in runs)
-        unit = units[step] if units is not None else max((_largest(t) for t in right.values()), default=0.0)
+        unit = max((_largest(tensor) for tensor in right.values()), default=0.0)
         for name in {**right, **ours}:
             found = True
             difference = _largest(_difference(ours.get(name), right.get(name))) / (unit or 1.0)
@@ -105,13 +103,6 @@ def compare_draws(against: str, runs: tuple[Recorded, Recorded], steps: Iterable
         wrong += [f"{name}, step {step}" for name in {**right, **ours} if ours.get(name) != right.get(name)]
     where = (wrong[0] if wrong else "") if found else "no random layer"
     return Row("dropout masks", against, float(len(wrong)) if found else None, where, 0)
-
-
-def largest_gradient(run: Recorded, step: int) -> float:
-    """The largest magnitude in the gradients that the optimizer got, after clipping."""
-    factors = run.tensors(step, "clip")
-    gradients = run.tensors(step, "gradient")
-    return max((_largest(gradients[name] * factor) for name, factor in factors.items()), default=0.0)
 
 
 def _difference(ours: Tensor | None, right: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ them what a setting means (the recipe, the optimizer, the learning-rate rule) an
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from pipetrain.seeds import derive_seed, name_of_call
 from pipetrain.training.optim import build_optimizer, learning_rate, set_learning_rate
 from pipetrain.training.record import Recorder
 
+Other = Callable[[int, str], Mapping[str, Tensor]]  # (step from 1, kind of `training.record`) -> tensors by name
 _DRAWING = (
     _DropoutNd,
     nn.MultiheadAttention,
@@ -131,37 +132,58 @@ class MiniBatchNorm:
         self._module.num_batches_tracked.fill_(num_steps)
 
 
-def train(model: PlainModel, cfg: Config, batches: Iterable[tuple[Tensors, Tensors]], recorder: Recorder) -> None:
-    """Trains and records every step.
+def train(
+    model: PlainModel, cfg: Config, batches: Iterable[tuple[Tensors, Tensors]], recorder: Recorder, other: Other
+) -> None:
+    """Does each step that the other run did, from the weights that it had, and records what must have come out.
+
+    On its own this model would drift away: Adam divides by the root of the second moment, which makes of a gradient
+    that is all rounding a step of any size. So a step is two: from the other run's weights to gradients of its own,
+    and from the other run's gradients to weights of its own. The first step starts from the seed.
 
     Args:
         batches: (inputs, targets) of each mini-batch in order, [batch, ...] each.
+        other: what the other run recorded.
     """
     first_uses = {id(p): name for name, p in reversed(model.parameters.items())}
     own = {name: p for name, p in model.parameters.items() if first_uses[id(p)] == name}
     optimizer = build_optimizer(cfg.optimizer, own)
     for step, (inputs, targets) in enumerate(batches):
+        if step > 0:
+            _copy(model.parameters, other(step, "weight"))
+            _copy(model.buffers(), other(step, "buffer"))
         optimizer.zero_grad()
-        total = model.recipe.count(targets)
-        loss_sum = 0.0
-        for m, (x, y) in enumerate(_microbatches(inputs, targets, num_microbatches(cfg))):
-            loss = model.recipe.loss_sum(model.forward(x, step, m), y)
-            (loss / total).backward()
-            loss_sum += loss.item()
-        for norm_layer in model.batch_norms:
-            norm_layer.end_of_step(step + 1)
+        loss = _backward(model, step, inputs, targets, num_microbatches(cfg))
         recorder.before_clipping(model.parameters)
         norm = _clip(own.values(), cfg.grad_clip)
+        recorder.after_clipping(model.parameters)
+        gradients = other(step + 1, "gradient")
+        for name, parameter in own.items():
+            parameter.grad = gradients[name].to(parameter.device) if name in gradients else None
+        _clip(own.values(), cfg.grad_clip)
         set_learning_rate(optimizer, learning_rate(cfg.optimizer.lr, cfg.lr_rule, step))
         optimizer.step()
-        recorder.write(
-            step + 1,
-            loss=loss_sum / total,
-            norm=norm,
-            parameters=model.parameters,
-            buffers=model.buffers(),
-            optimizer={},
-        )
+        buffers = model.buffers()
+        recorder.write(step + 1, loss=loss, norm=norm, parameters=model.parameters, buffers=buffers, optimizer={})
+
+
+def _backward(model: PlainModel, step: int, inputs: Tensors, targets: Tensors, number: int) -> float:
+    """Gradients of the mean over the mini-batch, in `number` micro-batches; returns that mean."""
+    total = model.recipe.count(targets)
+    loss_sum = 0.0
+    for m, (x, y) in enumerate(_microbatches(inputs, targets, number)):
+        loss = model.recipe.loss_sum(model.forward(x, step, m), y)
+        (loss / total).backward()
+        loss_sum += loss.item()
+    for norm_layer in model.batch_norms:
+        norm_layer.end_of_step(step + 1)
+    return loss_sum / total
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
 
 
 def _microbatches(inputs: Tensors, targets: Tensors, number: int) -> Iterator[tuple[Tensors, Tensors]]:

@@ -1,13 +1,17 @@
 """The process in which the plain reference runs: started, watched and listened to like a worker."""
 
+import logging
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from pipetrain.check.compare import Recorded
 from pipetrain.check.reference import PlainModel, train
-from pipetrain.config import TextConfig
 from pipetrain.errors import Exit, PipetrainError
 from pipetrain.models.recipe import Tensors
+from pipetrain.paths import RunPaths
 from pipetrain.training.build import build_recipe, open_data, to_device
 from pipetrain.training.job import Job
 from pipetrain.training.loop import Request, Signals
@@ -19,29 +23,35 @@ class _Stopped(Exception):
     """A signal asked for the end."""
 
 
-def run_reference(job_json: str, rank: int) -> None:
-    """Body of the process: trains the job's settings in plain PyTorch and records the steps in the job's folder."""
-    run_process(job_json, rank, _body)
+def run_reference(job_json: str, rank: int, *, other: str) -> None:
+    """Body of the process: trains the job's settings in plain PyTorch and records the steps in the job's folder.
+
+    Args:
+        other: folder of the run whose steps are to be judged.
+    """
+    run_process(job_json, rank, partial(_body, Recorded(RunPaths(Path(other)))))
 
 
-def _body(job: Job, signals: Signals) -> Exit:
+def _body(other: Recorded, job: Job, signals: Signals) -> Exit:
+    logging.basicConfig(filename=job.run.log, level=logging.INFO, format="[%(asctime)s][plain] %(message)s")
+    logging.captureWarnings(True)
     torch.set_num_threads(num_threads(job))
-    cfg, device = job.cfg, torch.device(job.devices[0])
-    assert isinstance(cfg.data, TextConfig)
-    data = open_data(cfg, job.tokens, "train")
-
-    def batches() -> Iterator[tuple[Tensors, Tensors]]:
-        for step in range(cfg.steps or 0):
-            if signals.request:
-                raise _Stopped
-            inputs, targets = data.batch(step)
-            yield (to_device(inputs, cfg, device),), (to_device(targets, cfg, device),)
-
     try:
-        model = PlainModel(build_recipe(cfg, job.tokens), cfg.seed, device)
-        train(model, cfg, batches(), Recorder(lambda step: job.run.recorded(step, 0), model.modules.items()))
+        device = torch.device(job.devices[0])
+        model = PlainModel(build_recipe(job.cfg, job.tokens), job.cfg.seed, device)
+        recorder = Recorder(lambda step: job.run.recorded(step, 0), model.modules.items())
+        train(model, job.cfg, _batches(job, device, signals), recorder, other.tensors)
     except _Stopped:
         return Exit.INTERRUPTED if signals.request is Request.INTERRUPT else Exit.PREEMPTED
     except Exception as error:
         raise PipetrainError(f"the plain model, without any pipeline, failed: {error}") from error
     return Exit.DONE
+
+
+def _batches(job: Job, device: torch.device, signals: Signals) -> Iterator[tuple[Tensors, Tensors]]:
+    data = open_data(job.cfg, job.tokens, "train")
+    for step in range(job.cfg.steps or 0):
+        if signals.request:
+            raise _Stopped
+        inputs, targets = data.batch(step)
+        yield (to_device(inputs, job.cfg, device),), (to_device(targets, job.cfg, device),)

@@ -173,6 +173,8 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.before_clipping(self.runtime.parameters)
         clip_gradients(self.runtime.own_parameters.values(), report.grad_norm, self.cfg.grad_clip)
+        if self.recorder is not None:
+            self.recorder.after_clipping(self.runtime.parameters)
         set_learning_rate(self.optimizer, learning_rate(self.cfg.optimizer.lr, self.cfg.lr_rule, self.step))
         self.optimizer.step()
 

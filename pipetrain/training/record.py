@@ -30,6 +30,7 @@ class Recorder:
         """
         self._path = path
         self._gradients: dict[str, Tensor] = {}
+        self._factors: dict[str, Tensor] = {}
         self._draws: dict[str, set[str]] = {}
         for name, module in modules:
             if _is_random(module):
@@ -38,6 +39,10 @@ class Recorder:
     def before_clipping(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Keeps the gradients as they are now."""
         self._gradients = {name: _copy(p.grad) for name, p in parameters.items() if p.grad is not None}
+
+    def after_clipping(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Notes what each gradient has been multiplied by."""
+        self._factors = {name: _factor(parameters[name].grad, before) for name, before in self._gradients.items()}
 
     def write(
         self,
@@ -49,12 +54,12 @@ class Recorder:
         buffers: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
     ) -> None:
-        """Writes the file of a step that is done; the parameters still hold their clipped gradients."""
+        """Writes the file of a step that is done."""
         tensors = {
             "loss": torch.tensor(loss, dtype=torch.float64),
             "norm": torch.tensor(norm, dtype=torch.float64),
             **{f"gradient/{name}": gradient for name, gradient in self._gradients.items()},
-            **{f"clip/{name}": _factor(parameters[name].grad, before) for name, before in self._gradients.items()},
+            **{f"clip/{name}": factor for name, factor in self._factors.items()},
             **{f"weight/{name}": _copy(parameter) for name, parameter in parameters.items()},
             **{f"buffer/{name}": _copy(buffer) for name, buffer in buffers.items()},
             **{f"optimizer/{name}": _copy(value) for name, value in optimizer.items()},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipetrain.check.compare import Recorded, Row, compare, compare_draws, largest_gradient
+from pipetrain.check.compare import Recorded, Row, compare, compare_draws
 from pipetrain.paths import RunPaths
 from pipetrain.training.record import Recorder
 
@@ -24,6 +24,7 @@ def recorded(folder: Path, *ranks: dict[str, Tensor], norm: float = 1.0) -> Reco
         recorder.before_clipping(parameters)
         for parameter in parameters.values():
             parameter.grad = parameter.detach().clone()
+        recorder.after_clipping(parameters)
         recorder.write(1, loss=2.0, norm=norm, parameters=parameters, buffers={}, optimizer={})
     return Recorded(run)
 
@@ -67,11 +68,10 @@ def test_nan_is_equal_only_to_nan(tmp_path: Path) -> None:
     assert row(tmp_path / "same", {"a": broken}, {"a": broken}).holds
 
 
-def test_units_and_the_largest_gradient_that_the_optimizer_got(tmp_path: Path) -> None:
+def test_the_factor_of_clipping_is_measured_and_not_calculated(tmp_path: Path) -> None:
     runs = recorded(tmp_path / "a", {"a": torch.tensor([3.0])}), recorded(tmp_path / "b", {"a": torch.tensor([2.0])})
-    assert compare("weights", "weight", "b", runs, [1], 0.0, units={1: 4.0}).difference == 0.25
     assert compare("clip factor", "clip", "b", runs, [1], 0.0).holds
-    assert largest_gradient(runs[1], 1) == 2.0
+    assert runs[0].tensors(1, "clip") == {"a": 0.5}
 
 
 def test_single_numbers_are_named_by_their_step(tmp_path: Path) -> None:

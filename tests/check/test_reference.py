@@ -40,9 +40,40 @@ def plain_sgd(**changes: object) -> Config:
 
 
 def trained(recipe: Recipe, cfg: Config, batches: list[tuple[Tensors, Tensors]], tmp_path: Path) -> PlainModel:
+    """Trains with no other run to follow: it follows itself."""
     model = PlainModel(recipe, cfg.seed, CPU)
-    train(model, cfg, batches, Recorder(lambda step: tmp_path / "recorded" / f"{step}", model.modules.items()))
+    recorder = Recorder(lambda step: tmp_path / "recorded" / f"{step}", model.modules.items())
+
+    def itself(step: int, kind: str) -> dict[str, Tensor]:
+        if kind == "gradient":
+            return {name: gradient.clone() for name, gradient in recorder._gradients.items()}
+        recorded = load_file(tmp_path / "recorded" / f"{step}")
+        return {key.removeprefix(f"{kind}/"): recorded[key] for key in recorded if key.startswith(f"{kind}/")}
+
+    train(model, cfg, batches, recorder, itself)
     return model
+
+
+def test_it_follows_another_run_step_by_step(tmp_path: Path) -> None:
+    recipe = recipe_of(LayerRecipe("linear", partial(nn.Linear, 3, 3, bias=False)))
+    batches = batches_of(3, 5, 2)
+    theirs = {"weight": torch.randn(3, 3, dtype=torch.float64), "gradient": torch.randn(3, 3, dtype=torch.float64)}
+    model = PlainModel(recipe, 0, CPU)
+    recorder = Recorder(lambda step: tmp_path / "recorded" / f"{step}", [])
+    asked: list[tuple[int, str]] = []
+
+    def other(step: int, kind: str) -> dict[str, Tensor]:
+        asked.append((step, kind))
+        return {} if kind == "buffer" else {"linear.weight": theirs[kind].clone()}
+
+    train(model, plain_sgd(grad_clip=0.5), batches, recorder, other)
+    assert asked == [(1, "gradient"), (1, "weight"), (1, "buffer"), (2, "gradient")]
+    ((x,), (y,)) = batches[1]
+    recorded = load_file(tmp_path / "recorded" / "2")
+    expected = 2 * (x @ theirs["weight"].T - y).T @ x / y.numel()
+    torch.testing.assert_close(recorded["gradient/linear.weight"], expected, rtol=1e-12, atol=1e-14)
+    update = 0.1 * theirs["gradient"] * 0.5 / (theirs["gradient"].norm() + 1e-6)
+    torch.testing.assert_close(recorded["weight/linear.weight"], theirs["weight"] - update, rtol=1e-12, atol=1e-14)
 
 
 def batches_of(width: int, rows: int, number: int) -> list[tuple[Tensors, Tensors]]:
