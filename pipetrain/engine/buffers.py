@@ -28,13 +28,12 @@ class OwnBuffers:
         return bool(self._places)
 
     @contextmanager
-    def renewed(self) -> Iterator[SavedBuffers]:
-        """For a forward: it writes into new buffers, which then stay. Gives the old ones, once the forward is over."""
-        saved: SavedBuffers = []
+    def renewed(self, saved: SavedBuffers) -> Iterator[None]:
+        """For a forward: it writes into new buffers, which then stay; the old ones go into `saved`."""
         old = [(part, name, _get(part, name)) for part, name in self._places]
         new = [_put(part, name, buffer.clone()) for part, name, buffer in old]
         versions = [buffer._version for buffer in new]
-        yield saved
+        yield
         if not self._watched:
             self._watched = True
             is_changed = [

@@ -1,7 +1,7 @@
 """One stage: its layers, and what it keeps of the micro-batches in flight."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -220,14 +220,7 @@ class Stage:
                 self.random.before(layer.name, self.step, microbatch)
                 wired = self.wiring.inputs(key, number)
                 taken = [values[value] for value in wired.values]
-                with ExitStack() as buffers:
-                    if layer.buffers and layer.module.training:
-                        if again:
-                            buffers.enter_context(layer.buffers.rewound(state.buffers.get(number, [])))
-                        else:
-                            saved = buffers.enter_context(layer.buffers.renewed())
-                            if not keep_graph:
-                                state.buffers[number] = saved
+                with self._own_buffers(layer, number, state, again):
                     if with_graph:
                         leaves, spec, graph = layer.forward_with_graph(taken, wired.arrange, wired.needs_grad)
                         needs_grad = graph.needs_grad
@@ -243,6 +236,12 @@ class Stage:
                 if look is not None:
                     look(number - self._first, leaves)
         return values
+
+    def _own_buffers(self, layer: Layer, number: int, state: _InFlight, again: bool) -> AbstractContextManager[object]:
+        if not layer.buffers or not layer.module.training:
+            return nullcontext()
+        saved = state.buffers.setdefault(number, [])
+        return layer.buffers.rewound(saved) if again else layer.buffers.renewed(saved)
 
     def _check_output(
         self,
