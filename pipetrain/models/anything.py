@@ -73,9 +73,9 @@ def _make(factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:
             takes = ""
         raise ConfigError(f"it cannot be called with ({given}): {shown(error)}{takes}") from error
     blocks = list(made) if isinstance(made, list | tuple) else [made]
-    wrong = next((block for block in blocks if not isinstance(block, nn.Module)), None)
-    if wrong is not None or not blocks:
-        what = f"{wrong!r:.60}, a {type(wrong).__name__}" if blocks else "an empty list"
+    wrong = [block for block in blocks if not isinstance(block, nn.Module)]
+    if wrong or not blocks:
+        what = f"{wrong[0]!r:.60}, a {type(wrong[0]).__name__}" if wrong else "an empty list"
         raise ConfigError(f"it gives {what}; it must give an nn.Module or a list of them")
     return nn.Sequential(*blocks) if isinstance(made, list | tuple) else made
 

@@ -46,13 +46,15 @@ def find_borders(root: nn.Module, slots: Sequence[Slot]) -> list[int]:
     """Where layers end: ascending places in `slots`, the last one its length.
 
     A layer takes at least 1/32 of the weight (a weight for every node with parameters or a large product) and less than
-    2/32; within these it ends where the fewest values cross, at the earliest such place.
+    2/32; within these it ends where the fewest values cross, at the earliest such weight. What weighs nothing, such as
+    an activation function, is the end of a layer and not the beginning of the next one.
     """
     weights = [max(_weight(root, node) for node in slot.there) for slot in slots]
     least = -(-sum(weights) // MAX_LAYERS)
     crossing, closed = _crossing(slots), closed_places(root, slots)
     gives = last_uses(slots)
-    borders, begin, weight, best = [], 0, 0, None
+    borders: list[int] = []
+    begin, weight, best, best_weight = 0, 0, None, 0
     left = sum(weights)
     for place in range(1, len(slots)):
         weight += weights[place - 1]
@@ -62,8 +64,8 @@ def find_borders(root: nn.Module, slots: Sequence[Slot]) -> list[int]:
             begin, weight, best = best, sum(weights[best:place]), None
         useful = any(gives[i] >= place for i in range(begin, place))
         allowed = weight >= max(least, 1) and left > 0 and place not in closed and useful
-        if allowed and (best is None or crossing[place] < crossing[best]):
-            best = place
+        if allowed and (best is None or (crossing[place], weight) <= (crossing[best], best_weight)):
+            best, best_weight = place, weight
     if best is not None:
         borders.append(best)
     return [*borders, len(slots)]

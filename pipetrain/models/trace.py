@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from pipetrain.errors import ConfigError
 from pipetrain.models.imports import is_users
@@ -50,7 +50,7 @@ def trace(root: nn.Module, num_inputs: int, training: bool) -> tuple[fx.Graph, d
     root.train(training)
     whole: set[type[nn.Module]] = set()
     while True:
-        tracer = _Tracer(num_inputs, whole)
+        tracer = _Tracer(root, num_inputs, whole)
         try:
             with _nothing_random(), _factories_recorded(tracer):
                 graph = tracer.trace(root)
@@ -85,11 +85,27 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # a buffer is read where the layer runs, never at trace time
+class _State(_Proxy):
+    """A parameter or buffer: read where the layer runs, never at trace time, but of a known size."""
 
-    def __init__(self, num_inputs: int, whole: set[type[nn.Module]]) -> None:
-        super().__init__(param_shapes_constant=True)
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.shape, self.ndim = tensor.shape, tensor.ndim
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, root: nn.Module, num_inputs: int, whole: set[type[nn.Module]]) -> None:
+        super().__init__()
+        self._state = {id(tensor): path for path, tensor in (*root.named_parameters(), *root.named_buffers())}
         self.failed_in: type[nn.Module] | None = None  # innermost module, but the root, whose forward raised
         self._num_inputs = num_inputs
         self._whole = whole
@@ -112,6 +128,17 @@ class _Tracer(fx.Tracer):
     ) -> tuple[Callable[..., Any], list[Any]]:
         names = input_names(root_fn, self._num_inputs)
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        path = self._state.get(id(attr_val))
+        if path is None:
+            return attr_val
+        if path not in parameter_proxy_cache:
+            state = self.create_proxy(
+                "get_attr", path, (), {}, proxy_factory_fn=lambda node: _State(node, self, attr_val)
+            )
+            parameter_proxy_cache[path] = state
+        return parameter_proxy_cache[path]
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> fx.Node:
         if kind.startswith("call_") and kind != "call_module":
