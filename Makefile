@@ -20,11 +20,11 @@ demo: install  ## train the default Transformer on two stages for some minutes
 	$(BIN)/pipetrain experiment=demo
 
 test: install  ## all tests
-	$(BIN)/python -m pytest -m 'not dist'
+	$(BIN)/python -m pytest -n 2 -m 'not dist'
 	$(BIN)/python -m pytest -m dist
 
-test-quick: install  ## the tests that start no processes
-	$(BIN)/python -m pytest -m 'not dist'
+test-quick: install  ## the tests that are quick and start no processes
+	$(BIN)/python -m pytest -n 2 -m 'not dist and not slow'
 
 lint: install  ## style
 	$(BIN)/ruff check .

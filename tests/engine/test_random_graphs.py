@@ -169,7 +169,7 @@ def test_a_random_model_at_a_random_cut(case: Case) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(cases())
 def test_many_random_models_at_random_cuts(case: Case) -> None:
     _check(case)
