@@ -69,7 +69,8 @@ def train(
     autocast_dtype: torch.dtype | None = None,
 ) -> Result:
     """Trains one step a batch with AdamW; the gradients are those of the last step."""
-    plan = schedule.build("gpipe", len(balance), num_microbatches, recompute=recompute, skips=dataflow_of(recipe, balance).skips())
+    skips = dataflow_of(recipe, balance).skips()
+    plan = schedule.build("gpipe", len(balance), num_microbatches, recompute=recompute, skips=skips)
 
     def rank_main(transport: LocalTransport) -> Result:
         runtime = build_runtime(recipe, balance, transport, seed=seed, dtype=dtype, autocast_dtype=autocast_dtype)
@@ -80,9 +81,8 @@ def train(
         reports = []
         for step, (inputs, targets) in enumerate(batches):
             total = recipe.count((targets,))
-            report = runtime.train_step(
-                program, step, _tuple(inputs, dtype), _tuple(targets, dtype), total=total, update=lambda _: optimizer.step() and None
-            )
+            xs, ys = _tuple(inputs, dtype), _tuple(targets, dtype)
+            report = runtime.train_step(program, step, xs, ys, total=total, update=lambda _: optimizer.step() and None)
             reports.append(report)
         parameters = {n: p.detach().clone() for n, p in runtime.parameters.items()}
         buffers = {n: b.clone() for stage in runtime.stages.values() for n, b in stage.named_buffers()}

@@ -40,5 +40,5 @@ def test_the_page_counts_equal_models_and_says_why_others_are_not() -> None:
     failed = {"model": "failed", "side": 32, "failed": "ConfigError: cannot be captured"}
     text = page([good, wrong, split, small, failed])
     assert "**1 of 5 are equal**" in text
-    assert "| good | 5.0 M | 32 | 9 | 2 | 30% / 20% | 0e+00 / 1e-15 | yes |" in text
+    assert "| good | 5.0 M | 32 | 9 | 2 | 30% / 20% | 0e+00 / 1e-15 | same |" in text
     assert "| failed | 0.0 M | 32 | | | | ConfigError: cannot be captured | |" in text
