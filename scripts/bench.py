@@ -1,7 +1,7 @@
 """Measures the engine: against plain PyTorch, against itself on one stage, and against the ideal of its schedule.
 
     make bench                                  all parts, a table, and bench/bench.json
-    .venv/bin/python scripts/bench.py emulated  one part: plain, two_stages or emulated
+    .venv/bin/python scripts/bench.py emulated  one part: plain, two_stages, emulated or structures
 
 Everything compared is measured in one run, in turns, and medians are printed. Wall time goes from barrier to barrier
 over `STEPS` steps. Run it on an idle machine: other work shows up as lost efficiency.
@@ -27,9 +27,13 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from pipetrain import schedule
 from pipetrain.config import AdamConfig, TextConfig, TransformerConfig
+from pipetrain.engine import layer as layer_module
+from pipetrain.engine import runtime as runtime_module
+from pipetrain.engine.message import Layout
 from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.stage import Stage
 from pipetrain.engine.transport import DistributedTransport
+from pipetrain.engine.wiring import Wiring
 from pipetrain.models import LayerRecipe, Recipe, build
 from pipetrain.partition.split import build_layer, dataflow_of, take_stage
 from pipetrain.sim.balance import even
@@ -229,10 +233,12 @@ def _emulated_rank(num_microbatches: int) -> dict[str, list[float]]:
     )
 
 
-def _emulated_pipetrain(rank: int, world: int, inputs: Tensor, num_microbatches: int) -> Callable[[], None]:
+def _emulated_pipetrain(
+    rank: int, world: int, inputs: Tensor, num_microbatches: int, layer: type[nn.Module] = SleepingLayer
+) -> Callable[[], None]:
     recipe = Recipe(
-        layers=tuple(LayerRecipe(f"layer{i}", SleepingLayer) for i in range(world)),
-        loss_sum=lambda output, targets: output.sum(),
+        layers=tuple(LayerRecipe(f"layer{i}", layer) for i in range(world)),
+        loss_sum=lambda output, targets: (output["x"] if isinstance(output, dict) else output).sum(),
         count=lambda targets: targets[0].numel(),
     )
     layers = take_stage(recipe, [1] * world, rank, seed=0, device=CPU)
@@ -285,6 +291,81 @@ def part_emulated() -> dict[str, Any]:
     return results
 
 
+# ---- what learning and checking of structures costs ------------------------------------------------------------------
+
+
+class RichLayer(nn.Module):
+    """A device that hands on a dict of three tensors, two numbers and a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = SleepingLayer()
+
+    def forward(self, value: Any) -> dict[str, Any]:
+        x = value["x"] if isinstance(value, dict) else value
+        return {
+            "x": self.device(x),
+            "mask": x > 0,
+            "length": x.sum(1).long(),
+            "rows": len(x),
+            "scale": 0.5,
+            "kind": "rich",
+        }
+
+
+class _Timed:
+    """Adds up the time inside some functions, by putting itself in their place."""
+
+    def __init__(self, *places: tuple[Any, str]) -> None:
+        self.seconds = 0.0
+        self._inside = False
+        for owner, name in places:
+            setattr(owner, name, self._around(getattr(owner, name)))
+
+    def _around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return function(*args, **kwargs)
+            self._inside, started = True, time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - started
+                self._inside = False
+
+        return timed
+
+
+def _structures_rank(num_microbatches: int, layer: type[nn.Module]) -> list[float]:
+    """The share of a step that goes into structures and layouts, on this rank; the largest of all ranks."""
+    machinery = [
+        *((Wiring, name) for name in ("inputs", "layout", "learn", "learn_batch", "structure", "knows")),
+        (Stage, "_check_output"),
+        (Layout, "pack"),
+        (Layout, "unpack"),
+        (runtime_module, "key_of"),
+        (layer_module, "flatten"),
+    ]
+    timed = _Timed(*machinery)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    step = _emulated_pipetrain(rank, world, torch.zeros(num_microbatches, MESSAGE_FLOATS), num_microbatches, layer)
+    step()
+    timed.seconds = 0.0
+    elapsed = seconds_per_step(step)
+    share = torch.tensor([timed.seconds / STEPS / elapsed], dtype=torch.float64)
+    dist.all_reduce(share, dist.ReduceOp.MAX)
+    return [float(share[0])]
+
+
+def part_structures() -> dict[str, Any]:
+    """What finding out and checking what travels costs, at stages of 10 ms."""
+    results: dict[str, Any] = {"wanted": 0.02}
+    for name, layer in (("one tensor", SleepingLayer), ("3 tensors, 2 numbers", RichLayer)):
+        shares = [in_processes(2, _structures_rank, EMULATED_MICRO_BATCHES, layer)[0] for _ in range(ROUNDS)]
+        results[name] = {"share_of_step": statistics.median(shares), "spread": [f"{s:.2%}" for s in sorted(shares)]}
+    return results
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +383,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "plain": part_plain,
     "two_stages": part_two_stages,
     "emulated": part_emulated,
+    "structures": part_structures,
 }
 
 
@@ -317,6 +399,10 @@ def show(results: dict[str, Any]) -> None:
         r = results["two_stages"]
         name = f"2 stages / 1 stage, speed (ideal {r['ideal']:.2f})"
         print(row(name, f"{r['speed_up']:.2f}", " .. ".join(map(str, r["spread"])), f"{r['wanted']:.2f}"))
+    for name, r in results.get("structures", {}).items():
+        if name != "wanted":
+            title = f"structures, messages of {name}: share of step"
+            print(row(title, f"{r['share_of_step']:.2%}", " .. ".join(r["spread"][::2]), "2.00%"))
     for stages, r in results.get("emulated", {}).items():
         for name in ("pipetrain", "torch ScheduleGPipe"):
             wanted = f"{r['wanted']:.2f}" if name == "pipetrain" else ""

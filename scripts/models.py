@@ -229,7 +229,7 @@ def all_models() -> list[str]:
 
 PAGE_TEXT = """# Models that know nothing of pipelines
 
-The {number} classification models of torchvision, random weights, 4 images in 2 micro-batches, recompute on: the result of
+The {number} classification models of torchvision, random weights, 4 images in 2 micro-batches, recompute on, by
 `scripts/models.py`. Each is captured by torch.fx and cut into 2 and 4 stages, of which each holds at least a tenth of
 the parameters or of the FLOPs. Error: largest difference of a gradient from that of the module itself, called
 micro-batch by micro-batch in plain PyTorch (float64), over the largest gradient. Bits: losses and gradients on 1, 2 and
