@@ -220,6 +220,8 @@ def _check_model_shape(cfg: Config, problems: list[str]) -> None:
 
 
 def _check_anything(cfg: Config, problems: list[str]) -> None:
+    if isinstance(cfg.data, SyntheticConfig) and not cfg.data.shape:
+        problems.append("data.shape=[] must have at least one size, such as data.shape=[3,64,64]")
     if isinstance(cfg.data, SyntheticConfig) and not isinstance(cfg.model, AnythingConfig):
         problems.append(f"data=synthetic gives numbers, but model={cfg.model.name} reads tokens; use data=text")
     if not isinstance(cfg.model, AnythingConfig):

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 
 from pipetrain import config, rules
-from pipetrain.config import AdafactorConfig, AdamConfig, Config, LrRuleConfig, SgdConfig, TextConfig, TransformerConfig
+from pipetrain.config import (
+    AdafactorConfig,
+    AdamConfig,
+    AnythingConfig,
+    Config,
+    LrRuleConfig,
+    SgdConfig,
+    SyntheticConfig,
+    TextConfig,
+    TransformerConfig,
+)
 from pipetrain.errors import ConfigError
 
 
@@ -43,13 +53,23 @@ def settings(**changes: Any) -> Config:
         {"micro_batches": 16, "batch_size": 16},
         {"micro_batches": 3, "batch_size": 16},
         {"eval__every": 0, "checkpoint__every": 0, "seed": 0},
+        {"model": AnythingConfig(factory="resnet18"), "data": SyntheticConfig()},
+        {"model": AnythingConfig(factory="my_models:build", arguments={"width": 8})},
     ],
 )
 def test_good_settings(changes: dict[str, Any]) -> None:
     rules.check(settings(**changes), num_gpus=0)
 
 
+RESNET = AnythingConfig(factory="resnet18")
 BAD = [
+    ({"model": AnythingConfig()}, "model=anything needs model.factory"),
+    ({"model": RESNET, "logit_clip": 5.0}, "logit_clip=5.0 is for pipetrain's own"),
+    ({"data": SyntheticConfig()}, "data=synthetic gives numbers, but model=transformer reads tokens; use data=text"),
+    ({"model": RESNET, "data": SyntheticConfig(shape=[3, 0])}, "data.shape[1]=0 must be at least 1"),
+    ({"model": RESNET, "data": SyntheticConfig(shape=[])}, "data.shape=[] must have at least one size"),
+    ({"model": RESNET, "data": SyntheticConfig(classes=0)}, "data.classes=0 must be at least 1"),
+    ({"model": RESNET, "data": SyntheticConfig(samples=0)}, "data.samples=0 must be at least 1"),
     ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ({"micro_batches": 0}, "micro_batches=0 must be at least 1"),
     ({"steps": 0}, "steps=0 must be at least 1"),

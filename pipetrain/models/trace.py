@@ -258,6 +258,8 @@ def _place(frame: FrameType | None) -> str:
 
 def _in_the_way(error: Exception) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_users(frame.filename)]
+    if not frames:  # a container of torch's own
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "forward"]
     where = f"{frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else "its forward"
     reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
     return f"the model cannot be captured because of {where}: {reason}. {_WAYS_OUT}"

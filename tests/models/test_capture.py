@@ -191,10 +191,11 @@ class OldNameReadLater(nn.Module):
         self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
         self.change = change
         self.relu = nn.ReLU(inplace=True)
+        self.same = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        before = y.view(-1, 8) if self.change == "view" else y
+        before = y.view(-1, 8) if self.change == "view" else self.same(y) if self.change == "alias" else y
         z = self.b(self.c(x))
         if self.change == "method":
             y.add_(z)
@@ -206,12 +207,12 @@ class OldNameReadLater(nn.Module):
             self.relu(y)
         elif self.change == "function":
             F.relu(y, inplace=True)
-        elif self.change == "view":
+        elif self.change in ("view", "alias"):
             torch.relu_(y)
         return self.d(z) + before
 
 
-@pytest.mark.parametrize("change", ["method", "operator", "item", "module", "function", "view"])
+@pytest.mark.parametrize("change", ["method", "operator", "item", "module", "function", "view", "alias"])
 def test_no_border_between_a_value_and_its_change_in_place_that_is_seen_later(change: str) -> None:
     model = captured(lambda: OldNameReadLater(change))
     inputs = torch.randn(4, 8, dtype=torch.float64)
@@ -250,6 +251,15 @@ class NormTwice(nn.Module):
         return self.c(self.norm(self.b(self.norm(self.a(x)))))  # type: ignore[no-any-return]
 
 
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.linspace(1, 2, 8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.values  # type: ignore[no-any-return]
+
+
 class RotaryTwice(nn.Module):
     """A buffer that is not saved is a constant: it may be in several layers."""
 
@@ -257,9 +267,10 @@ class RotaryTwice(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
         self.register_buffer("table", torch.linspace(1, 2, 8), persistent=False)
+        self.rotate = Table()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x * self.table)) * self.table  # type: ignore[no-any-return]
+        return self.rotate(self.b(self.a(self.rotate(x * self.table)))) * self.table  # type: ignore[no-any-return]
 
 
 def test_calls_that_share_changing_buffers_are_one_layer() -> None:
@@ -271,7 +282,8 @@ def test_calls_that_share_changing_buffers_are_one_layer() -> None:
 def test_a_buffer_that_is_only_read_is_in_each_layer() -> None:
     model = captured(RotaryTwice)
     assert_equal_to_plain(model, torch.randn(4, 8, dtype=torch.float64), mode=True)
-    assert [n for m in model.modules for n, _ in m.named_buffers()] == ["table", "table@2"]
+    buffers = [name for module in model.modules for name, _ in module.named_buffers()]
+    assert buffers == ["table", "rotate.values", "table@2", "rotate@2.values"]
     assert model.state_names() == set(model.plain.state_dict())
 
 

@@ -74,7 +74,8 @@ def run(
     paths = RunPaths(tmp_path / name)
     paths.root.mkdir(exist_ok=True)
     found = checkpoint.find_usable(paths.checkpoints)[0] if resume else None
-    job = Job.from_json(Job(cfg, paths, tokens_of(tmp_path), ("cpu",) * stages, found).to_json())
+    tokens = tokens_of(tmp_path) if isinstance(cfg.data, TextConfig) else None
+    job = Job.from_json(Job(cfg, paths, tokens, ("cpu",) * stages, found).to_json())
     codes = run_ranks(stages, lambda transport: train(job, transport, CPU, signals(transport.rank)))
     assert len(set(codes)) == 1
     return codes[0]
