@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from launch_stub import Launch, files, launch  # noqa: F401
 
 from pipetrain import argv, cli, help, mistakes
-from pipetrain.config import AdamConfig, Config, SgdConfig, TextConfig, TransformerConfig, from_json, to_json
+from pipetrain.config import (
+    AdamConfig,
+    AnythingConfig,
+    Config,
+    SgdConfig,
+    TextConfig,
+    TransformerConfig,
+    from_json,
+    to_json,
+)
 from pipetrain.errors import CheckpointError, ConfigError, Exit
 from pipetrain.suggest import did_you_mean
 
@@ -42,7 +52,7 @@ MISTAKES = [
         ["optimizer=sgd", "optimizer.betas=[1,2]"],
         "'optimizer.betas' is a setting of optimizer=adamw and optimizer=adam",
     ),
-    (["model=transformr"], "model=transformr: no such model. Did you mean 'transformer'? Choose one of: transformer, "),
+    (["model=transformr"], "model=transformr: no such model. Did you mean 'transformer'? Choose one of: anything, transformer, "),
     (["model=transformer_tni"], "Did you mean 'transformer_tiny'?"),
     (["model="], "model=: no such model. Choose one of: "),
     (["model=null"], "model=null: no such model. Choose one of: "),
@@ -154,6 +164,20 @@ def test_values_of_the_command_line(launch: Launch) -> None:
     assert type(cfg.devices) is list
     assert isinstance(cfg.optimizer, SgdConfig)
     assert from_json(to_json(cfg)) == cfg
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ([], {}),
+        (["model.arguments.width=8", "model.arguments.names=[a,b]"], {"width": 8, "names": ["a", "b"]}),
+        (["model.arguments={width: 8, inner: {depth: 2}}"], {"width": 8, "inner": {"depth": 2}}),
+    ],
+)
+def test_any_key_may_be_an_argument_of_a_factory(words: list[str], arguments: dict[str, Any], launch: Launch) -> None:
+    assert cli.main(["model=anything", "model.factory=my:build", *words]) == 0
+    assert launch.cfg.model == AnythingConfig(factory="my:build", arguments=arguments)
+    assert from_json(to_json(launch.cfg)) == launch.cfg
 
 
 @pytest.mark.parametrize("code", [1, 75, 130])
@@ -313,7 +337,7 @@ def test_user_folder_goes_before_the_built_in_one(
     assert cli.main(["model=own"]) == 0
     assert launch.cfg.model.layers == 5  # type: ignore[attr-defined]
     assert cli.main(["model=onw"]) == Exit.BAD_SETTINGS
-    assert "Did you mean 'own'? Choose one of: own, transformer," in capsys.readouterr().err
+    assert "Did you mean 'own'? Choose one of: anything, own, transformer," in capsys.readouterr().err
     monkeypatch.setenv("PIPETRAIN_CONF", "gone")
     assert cli.main([]) == Exit.BAD_SETTINGS
     assert "PIPETRAIN_CONF=gone, but there is no such folder" in capsys.readouterr().err

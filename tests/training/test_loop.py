@@ -181,11 +181,11 @@ def test_nan_stops_the_run_names_the_layer_and_keeps_the_checkpoint(
 ) -> None:
     run_layers = Stage._run
 
-    def poisoned(self: Stage, microbatch: int, state: Any, with_graph: bool, look: Any = None) -> Any:
+    def poisoned(self: Stage, *args: Any, **options: Any) -> Any:
         if self.step == 4 and self.layers[0].name == "blocks.1":
             for parameter in self.layers[0].module.parameters():
                 parameter.data[0] = float("nan")
-        return run_layers(self, microbatch, state, with_graph, look)
+        return run_layers(self, *args, **options)
 
     monkeypatch.setattr(Stage, "_run", poisoned)
     with pytest.raises(NonFiniteError) as caught:
