@@ -314,7 +314,16 @@ def _command(name: str) -> str:
 
 
 def _write_environment(run: RunPaths) -> None:
-    packages = ("torch", "hydra-core", "omegaconf", "numpy", "sentencepiece", "tensorboard", "safetensors")
+    packages = (
+        "torch",
+        "torchvision",
+        "hydra-core",
+        "omegaconf",
+        "numpy",
+        "sentencepiece",
+        "tensorboard",
+        "safetensors",
+    )
     content = {
         "pipetrain": metadata.version("pipetrain"),
         "python": platform.python_version(),
