@@ -52,7 +52,7 @@ MISTAKES = [
         ["optimizer=sgd", "optimizer.betas=[1,2]"],
         "'optimizer.betas' is a setting of optimizer=adamw and optimizer=adam",
     ),
-    (["model=transformr"], "model=transformr: no such model. Did you mean 'transformer'? Choose one of: anything, transformer, "),
+    (["model=transformr"], "no such model. Did you mean 'transformer'? Choose one of: anything, transformer, "),
     (["model=transformer_tni"], "Did you mean 'transformer_tiny'?"),
     (["model="], "model=: no such model. Choose one of: "),
     (["model=null"], "model=null: no such model. Choose one of: "),
