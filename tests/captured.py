@@ -1,7 +1,6 @@
 """Captures a module and runs its layers one after the other, each with values of its own, as stages have them."""
 
 import copy
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pipetrain.models.capture import Tie, capture
-from pipetrain.models.recipe import BATCH, LayerRecipe
+from pipetrain.models.recipe import BATCH, LayerRecipe, unsplit
 from pipetrain.models.whole import Whole, WithoutMemory
 
 
@@ -62,11 +61,6 @@ class Captured:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def unsplit(name: str) -> str:
-    """The name of a later use as that of the first one."""
-    return re.sub(r"@\d+", "", name)
 
 
 def captured(factory: Callable[[], nn.Module], num_inputs: int = 1) -> Captured:

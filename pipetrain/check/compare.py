@@ -60,7 +60,8 @@ class Recorded:
         found: dict[str, list[str]] = {}
         for path in self._files(step):
             with safe_open(path, framework="pt") as file:
-                found |= json.loads(file.metadata()[DRAWS])
+                for name, digests in json.loads(file.metadata()[DRAWS]).items():
+                    found[name] = sorted({*found.get(name, []), *digests})
         return found
 
     def _files(self, step: int) -> list[Path]:

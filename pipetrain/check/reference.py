@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
 
 from pipetrain.config import Config, num_microbatches
-from pipetrain.models.recipe import BATCH, Recipe, Tensors, Value
+from pipetrain.models.recipe import BATCH, Recipe, Tensors, Value, unsplit
 from pipetrain.partition.split import build_layer
 from pipetrain.seeds import derive_seed, name_of_call
 from pipetrain.training.optim import build_optimizer, learning_rate, set_learning_rate
@@ -32,61 +33,133 @@ _DRAWING = (
 )
 
 
+class _Layers:
+    """All layers of a recipe, one after the other."""
+
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        self._recipe = recipe
+        self.modules = [build_layer(layer, seed) for layer in recipe.layers]
+        recipe.release()
+        by_name = dict(zip((layer.name for layer in recipe.layers), self.modules, strict=True))
+        for (owner, owned), *others in recipe.ties:
+            for layer, tied in others:
+                path, _, last = tied.rpartition(".")
+                setattr(by_name[layer].get_submodule(path), last, by_name[owner].get_parameter(owned))
+
+    def full_names(self, part: int) -> Callable[[str], str]:
+        """The names in the unsplit model of what is in one of the modules."""
+        return self._recipe.layers[part].full_name
+
+    def run(self, inputs: Tensors, before: Callable[[int, str], None]) -> Any:
+        """The output of the last layer.
+
+        Args:
+            before: called with the place and the name of a layer before it runs.
+        """
+        outputs: dict[str, Any] = {}
+        for place, module in enumerate(self.modules):
+            name = self._recipe.layers[place].name
+            arguments = [a for value in self._recipe.taken_by(place) for a in _resolve(value, outputs, inputs)]
+            before(place, name)
+            outputs[name] = module(*arguments)
+        return outputs[self._recipe.layers[-1].name]
+
+
+class _Whole:
+    """The user's module as it is, not cut into anything."""
+
+    def __init__(self, recipe: Recipe, make: Callable[[], nn.Module]) -> None:
+        self.modules = [make()]
+        recipe.release()
+
+    def full_names(self, part: int) -> Callable[[str], str]:
+        return lambda local: local
+
+    def run(self, inputs: Tensors, before: Callable[[int, str], None]) -> Any:
+        before(0, "")
+        return self.modules[0](*inputs)
+
+
 class PlainModel:
-    """All layers of a recipe in one process.
+    """A recipe's model in one process: the module that the user gave where there is one, else its layers in order.
 
     Attributes:
         parameters: each use of a tied one is listed, all of them the same object.
     """
 
-    def __init__(self, recipe: Recipe, seed: int, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, seed: int, device: torch.device, *, as_layers: bool = False) -> None:
+        """
+        Args:
+            as_layers: take the layers also where there is a module of the user's.
+        """
         self.recipe = recipe
-        self.layers = [build_layer(layer, seed) for layer in recipe.layers]
-        recipe.release()
-        by_name = dict(zip((layer.name for layer in recipe.layers), self.layers, strict=True))
-        for (owner, owned), *others in recipe.ties:
-            for layer, tied in others:
-                path, _, last = tied.rpartition(".")
-                setattr(by_name[layer].get_submodule(path), last, by_name[owner].get_parameter(owned))
-        for module in self.layers:
+        is_whole = recipe.whole is not None and not as_layers
+        self._body = _Whole(recipe, recipe.whole) if is_whole and recipe.whole else _Layers(recipe, seed)
+        for module in self._body.modules:
             module.to(device).double().train()
         self.parameters: dict[str, nn.Parameter] = dict(self._named("named_parameters"))
+        if is_whole:
+            by_name = dict(self._body.modules[0].named_parameters(remove_duplicate=False))
+            layers = {layer.name: layer for layer in recipe.layers}
+            uses = [layers[layer].full_name(parameter) for tie in recipe.ties for layer, parameter in tie]
+            self.parameters |= {use: by_name[unsplit(use)] for use in uses}
         self.modules: dict[str, nn.Module] = dict(self._named("named_modules"))
         norms = {id(m): m for m in self.modules.values() if isinstance(m, _BatchNorm) and m.running_mean is not None}
         self.batch_norms = [MiniBatchNorm(module) for module in norms.values()]
         self._seed, self._step, self._microbatch, self._place = seed, 0, 0, 0
         self._calls: Counter[str] = Counter()
-        for place, module in enumerate(self.layers):
+        for place, module in enumerate(self._body.modules):
             for local, part in module.named_modules():
                 if local and _may_draw(part):
-                    part.register_forward_pre_hook(self._seed_call(place, recipe.layers[place].full_name(local)))
+                    part.register_forward_pre_hook(self._seed_call(place, self._body.full_names(place)(local)))
 
     def _named(self, what: str) -> Iterator[tuple[str, Any]]:
-        for layer, module in zip(self.recipe.layers, self.layers, strict=True):
+        for place, module in enumerate(self._body.modules):
             for local, found in getattr(module, what)():
-                yield layer.full_name(local), found
+                yield self._body.full_names(place)(local), found
 
     def buffers(self) -> dict[str, Tensor]:
         """Persistent buffers under their full names."""
         saved = {
-            layer.full_name(local)
-            for layer, module in zip(self.recipe.layers, self.layers, strict=True)
+            self._body.full_names(place)(local)
+            for place, module in enumerate(self._body.modules)
             for local in module.state_dict()
         }
         return {name: buffer for name, buffer in self._named("named_buffers") if name in saved}
 
     def forward(self, inputs: Tensors, step: int, microbatch: int) -> Any:
-        """The output of the last layer; randomness as `pipetrain.seeds` promises it."""
+        """The model's output; randomness as `pipetrain.seeds` promises it."""
         self._step, self._microbatch = step, microbatch
-        outputs: dict[str, Any] = {}
-        for place, module in enumerate(self.layers):
-            name = self.recipe.layers[place].name
-            arguments = [a for value in self.recipe.taken_by(place) for a in _resolve(value, outputs, inputs)]
+
+        def before(place: int, name: str) -> None:
             self._place = place
             self._calls.clear()
             torch.manual_seed(derive_seed(self._seed, step, name, microbatch))
-            outputs[name] = module(*arguments)
-        return outputs[self.recipe.layers[-1].name]
+
+        return self._body.run(inputs, before)
+
+    def draws_outside_of_modules(self, inputs: Tensors) -> bool:
+        """Whether a forward draws numbers of its own, between the calls of its modules: no seed is promised for those.
+
+        Found by two forwards that differ in nothing but the generator's state after each module.
+        """
+        outputs = []
+        for noise in (1, 2):
+            hooks = [
+                part.register_forward_hook(lambda *_, noise=noise: torch.manual_seed(noise) and None)
+                for module in self._body.modules
+                for part in module.modules()
+                if _may_draw(part)
+            ]
+            self._step, self._microbatch = 0, 0
+            self._calls.clear()
+            torch.manual_seed(noise)
+            with torch.no_grad():
+                outputs.append(self._body.run(inputs, lambda place, name: None))
+            for hook in hooks:
+                hook.remove()
+        first, second = (tree_leaves(output) for output in outputs)
+        return not all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, Tensor))
 
     def _seed_call(self, place: int, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, arguments: Any) -> None:

@@ -38,7 +38,7 @@ def _body(other: Recorded, job: Job, signals: Signals) -> Exit:
     torch.set_num_threads(num_threads(job))
     try:
         device = torch.device(job.devices[0])
-        model = PlainModel(build_recipe(job.cfg, job.tokens), job.cfg.seed, device)
+        model = _model(job, device)
         recorder = Recorder(lambda step: job.run.recorded(step, 0), model.modules.items())
         train(model, job.cfg, _batches(job, device, signals), recorder, other.tensors)
     except _Stopped:
@@ -46,6 +46,16 @@ def _body(other: Recorded, job: Job, signals: Signals) -> Exit:
     except Exception as error:
         raise PipetrainError(f"the plain model, without any pipeline, failed: {error}") from error
     return Exit.DONE
+
+
+def _model(job: Job, device: torch.device) -> PlainModel:
+    """The user's module as it is; its layers one after the other where it draws numbers between its modules' calls."""
+    recipe = build_recipe(job.cfg, job.tokens)
+    inputs, _ = open_data(job.cfg, job.tokens, "train").batch(0)
+    first = (to_device(inputs[:2], job.cfg, device),)
+    if recipe.whole is None or not PlainModel(recipe, job.cfg.seed, device).draws_outside_of_modules(first):
+        return PlainModel(recipe, job.cfg.seed, device)
+    return PlainModel(recipe, job.cfg.seed, device, as_layers=True)
 
 
 def _batches(job: Job, device: torch.device, signals: Signals) -> Iterator[tuple[Tensors, Tensors]]:

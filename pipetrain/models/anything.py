@@ -40,7 +40,9 @@ def anything(*, factory: str, arguments: Mapping[str, Any], loss: str, seed: int
         layers, ties = capture(_without_memory(make, seed), whole.module, num_inputs)
     except ConfigError as error:
         raise ConfigError(f"model.factory={factory}: {error}") from error
-    return Recipe(tuple(layers), loss_sum=loss_sum, count=count, ties=tuple(ties), release=whole.release)
+    return Recipe(
+        tuple(layers), loss_sum=loss_sum, count=count, ties=tuple(ties), release=whole.release, whole=whole.module
+    )
 
 
 def _find(name: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ layer. Layers form a chain unless `takes` says otherwise, so skips, masks and se
 who takes what from whom is known before anything is built.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,15 @@ class Value:
     element: int | str | None = None
 
 
+def unsplit(name: str) -> str:
+    """The name in the unsplit model of a part that is listed once for each layer that uses it.
+
+    >>> unsplit("encoder.drop@3.weight")
+    'encoder.drop.weight'
+    """
+    return re.sub(r"@\d+", "", name)
+
+
 @dataclass(frozen=True)
 class LayerRecipe:
     """One layer: its name in the unsplit model, the function that makes it, and what it takes.
@@ -51,7 +61,7 @@ class LayerRecipe:
     prefix: str | None = None
 
     def full_name(self, local: str) -> str:
-        """The name in the unsplit model of a parameter, buffer or module of this layer."""
+        """The name in the unsplit model of a parameter, buffer or module of this layer, see also `unsplit`."""
         return (f"{self.name}." if self.prefix is None else self.prefix) + local
 
 
@@ -69,6 +79,7 @@ class Recipe:
         loss_sum: (output of the last layer, targets) -> sum of the loss over the valid tokens or samples.
         count: targets -> number of valid tokens or samples: what the sum is divided by.
         release: forgets what `build` shares between layers; called once the layers that are wanted are built.
+        whole: makes the module that the layers are parts of, with the same initial values, where there is one.
     """
 
     layers: tuple[LayerRecipe, ...]
@@ -76,6 +87,7 @@ class Recipe:
     count: Callable[[Tensors], int]
     ties: tuple[tuple[tuple[str, str], ...], ...] = ()
     release: Callable[[], None] = _nothing
+    whole: Callable[[], nn.Module] | None = None
 
     def taken_by(self, layer: int) -> tuple[Value, ...]:
         """What a layer takes, spelled out."""

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipetrain.models.recipe import unsplit
+
 DRAWS = "draws"  # module name -> sorted digests, as JSON
 
 
@@ -34,7 +36,7 @@ class Recorder:
         self._draws: dict[str, set[str]] = {}
         for name, module in modules:
             if _is_random(module):
-                module.register_forward_hook(partial(self._listen, name))
+                module.register_forward_hook(partial(self._listen, unsplit(name)))
 
     def before_clipping(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Keeps the gradients as they are now."""

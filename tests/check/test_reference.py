@@ -1,5 +1,6 @@
 """The plain reference: judged by torch itself, since it judges the engine."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from pipetrain.check.reference import PlainModel, train
 from pipetrain.config import Config, LrRuleConfig, SgdConfig
+from pipetrain.models.capture import capture
 from pipetrain.models.recipe import BATCH, LayerRecipe, Recipe, Tensors, Value
 from pipetrain.partition.split import build_layer
 from pipetrain.training.record import Recorder
@@ -185,3 +187,50 @@ def test_every_call_draws_its_own_and_the_same_again() -> None:
     assert torch.equal(model.forward(ones, 0, 0)[1], second)
     assert not torch.equal(model.forward(ones, 0, 1)[0], first)
     assert not torch.equal(model.forward(ones, 1, 0)[0], first)
+
+
+class OneModule(nn.Module):
+    """Calls one dropout twice, has a BatchNorm and a parameter used at both ends."""
+
+    def __init__(self, *, draws: bool = False) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.4)
+        self._draws = draws
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.norm(self.first(x)))
+        if self._draws:
+            h = nn.functional.dropout(h, 0.5)
+        return self.drop(torch.tanh(h)) @ self.first.weight
+
+
+def recipe_of_module(draws: bool) -> Recipe:
+    torch.manual_seed(2)
+    module = OneModule(draws=draws)
+    layers, ties = capture(module, lambda: module, 1)
+    return Recipe(tuple(layers), loss_sum=squared, count=count, ties=tuple(ties), whole=lambda: copy.deepcopy(module))
+
+
+def test_a_module_as_it_is_gives_the_numbers_of_its_layers() -> None:
+    """Draws, gradients, statistics and every name, of the module and of what it was cut into."""
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    recipe = recipe_of_module(draws=False)
+    whole, layers = (PlainModel(recipe, 0, CPU, as_layers=as_layers) for as_layers in (False, True))
+    outputs = []
+    for model in (whole, layers):
+        output = model.forward((x,), step=1, microbatch=2)
+        squared(output, (y,)).backward()
+        outputs.append(output)
+    assert torch.equal(outputs[0], outputs[1])
+    assert any(part.training for part in whole.modules.values())
+    assert whole.parameters.keys() == layers.parameters.keys()
+    for name, parameter in layers.parameters.items():
+        assert parameter.grad is not None
+        assert torch.allclose(whole.parameters[name].grad, parameter.grad, rtol=1e-12, atol=1e-14), name
+    assert whole.buffers().keys() == layers.buffers().keys()
+
+
+def test_draws_between_the_modules_are_found() -> None:
+    x = torch.randn(6, 4, dtype=torch.float64)
+    for draws in (True, False):
+        assert PlainModel(recipe_of_module(draws), 0, CPU).draws_outside_of_modules((x,)) is draws
