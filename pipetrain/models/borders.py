@@ -152,14 +152,19 @@ def _calls_with_state(root: nn.Module, slots: Sequence[Slot]) -> list[tuple[int,
     return [
         (places[0], places[-1])
         for path, places in calls.items()
-        if places[0] < places[-1] and holds_state(root.get_submodule(path))
+        if places[0] < places[-1] and must_stay_whole(root.get_submodule(path))
     ]
 
 
-def holds_state(module: nn.Module) -> bool:
-    """Whether a module has buffers that may change. One that is not saved is taken for a constant."""
+def must_stay_whole(module: nn.Module) -> bool:
+    """Whether all calls of a module must be in one layer.
+
+    That is so for buffers that may change (one that is not saved is taken for a constant), and for parts that may
+    draw: how many of their calls the layers before have made could not be told. (Attention draws by itself.)
+    """
     names = {name for name, _ in module.named_buffers()}
-    return bool(names & set(module.state_dict()))
+    has_parts = next(module.children(), None) is not None and not isinstance(module, nn.MultiheadAttention)
+    return has_parts or bool(names & set(module.state_dict()))
 
 
 def changed_in_place(root: nn.Module, node: fx.Node) -> fx.Node | None:
@@ -221,4 +226,4 @@ def _is_torchs(function: Any) -> bool:
     return isinstance(function, str) or home is None or home.split(".")[0] in ("torch", operator.add.__module__)
 
 
-__all__ = ["changed_in_place", "closed_places", "find_borders", "holds_state"]
+__all__ = ["changed_in_place", "closed_places", "find_borders", "must_stay_whole"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from pipetrain.models.borders import find_borders, holds_state, last_uses
+from pipetrain.models.borders import find_borders, must_stay_whole, last_uses
 from pipetrain.models.parts import (
     Naming,
     Parts,
@@ -47,7 +47,7 @@ def capture(module: nn.Module, make: Make, num_inputs: int) -> Captured:
     """
     children = _chain(module)
     uses = Counter(child for _, child in children)
-    if children and not any(holds_state(child) for child, times in uses.items() if times > 1):
+    if children and not any(must_stay_whole(child) for child, times in uses.items() if times > 1):
         return _capture_chain(children, make)
     return _Cutter(module, num_inputs).capture(make)
 

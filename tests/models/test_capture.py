@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipetrain.errors import ConfigError
 from pipetrain.models.borders import MAX_LAYERS
-from pipetrain.models.recipe import BATCH, Value
+from pipetrain.models.recipe import BATCH, Value, unsplit
 from pipetrain.models.vision import import_torchvision
 
 import_torchvision()
@@ -453,3 +453,28 @@ def test_deep_models_have_at_most_32_layers_each_of_some_weight() -> None:
     assert min(sizes) >= 5  # 150 / 32, rounded up
     assert max(sizes) <= 9
     assert all(len(layer.takes or ()) == 1 for layer in model.layers)  # every border lies behind an addition
+
+
+def test_two_calls_of_a_module_with_parts_that_is_kept_whole_are_one_layer() -> None:
+    """Its dropout's second call is numbered by counting, which nobody could do in another layer."""
+
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(self.linear(x)) if x.sum() > 0 else self.linear(x)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.between, self.last = Deciding(), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.block(self.between(self.block(x))))
+
+    model = captured(Twice)
+    called = [{unsplit(name) for name, _ in module.named_modules()} for module in model.modules]
+    assert [("block.drop" in names, "between" in names) for names in called][0] == (True, True)
+    assert sum("block.drop" in names for names in called) == 1
