@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from pipetrain.models.borders import find_borders, must_stay_whole, last_uses
+from pipetrain.models.borders import find_borders, last_uses, must_stay_whole
 from pipetrain.models.parts import (
     Naming,
     Parts,
