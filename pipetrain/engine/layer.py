@@ -72,8 +72,13 @@ class Layer:
         self.name = name
         self.module = module
         self.buffers = OwnBuffers(module)
-        self.changed_inputs: frozenset[int] | None = None  # by place; None before the first forward
+        self._changed_inputs: dict[bool, frozenset[int]] = {}  # by place, in training and in evaluation
         self._prefix = prefix
+
+    @property
+    def changed_inputs(self) -> frozenset[int] | None:
+        """The inputs, by place, that the module changes in its present mode; None before its first forward."""
+        return self._changed_inputs.get(self.module.training)
 
     def full_name(self, local: str) -> str:
         """The name in the unsplit model of one of the module's parameters, buffers or modules."""
@@ -105,7 +110,7 @@ class Layer:
         leaves, spec = flatten(self.module(*arrange(inputs)))
         changed = frozenset(place for place, x, version in tensors if x._version != version)
         if self.changed_inputs is None:
-            self.changed_inputs = changed
+            self._changed_inputs[self.module.training] = changed
         elif not changed <= self.changed_inputs:
             raise LayerError(f"layer {self.name} changed an input in place, which it did not do the first time")
         return [without_gaps(x) if isinstance(x, Tensor) else x for x in leaves], spec

@@ -278,3 +278,15 @@ def test_a_layer_hands_on_strides_and_gets_gradients_with_them() -> None:
     assert out.stride() == (3, 1) == torch.empty(4, 3).stride()
     (gradient,) = graph.backward({0: torch.randn(4, 3)})
     assert gradient.stride() == x.stride() == (1, 3)
+
+
+def test_a_layer_that_changes_its_input_in_training_only_is_watched_in_both_modes() -> None:
+    layer, x = Layer("drop", "", nn.Dropout(0.5, inplace=True)), torch.ones(8)
+    layer.module.eval()
+    layer.forward((x,), list)
+    assert layer.changed_inputs == frozenset()
+    layer.module.train()
+    for _ in range(2):
+        layer.forward_with_graph((x,), list, (True,))
+    assert layer.changed_inputs == {0}
+    assert torch.equal(x, torch.ones(8))
