@@ -30,6 +30,7 @@ from pipetrain.errors import ConfigError
 from pipetrain.models import Recipe
 from pipetrain.models.capture import capture
 from pipetrain.models.losses import find_loss, num_samples
+from pipetrain.models.recipe import unsplit
 from pipetrain.partition.split import dataflow_of, stages_of_ties, take_stage
 from pipetrain.schedule import SCHEDULES, build, build_forward_only
 from pipetrain.sim.balance import even
@@ -133,7 +134,7 @@ class Pipeline:
     def state_dict(self) -> dict[str, Tensor]:
         """This stage's parameters and buffers under their names in the whole model."""
         tensors: dict[str, Tensor] = dict(self._runtime.own_parameters) | dict(self._stage.named_buffers())
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+        return {unsplit(name): tensor.detach() for name, tensor in tensors.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes this stage's part of the whole model's state.
@@ -142,7 +143,7 @@ class Pipeline:
             KeyError: if something of it is missing.
         """
         for name, tensor in self.state_dict().items():
-            tensor.copy_(state[name.partition("@")[0]] if name not in state else state[name])
+            tensor.copy_(state[name])
 
     def train_step(self, inputs: Tensor | tuple[Tensor, ...], targets: Tensor | tuple[Tensor, ...]) -> StepResult:
         """Forward and backward of one mini-batch; leaves the gradients of its mean loss in `.grad`.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipetrain import Pipeline
 from pipetrain.engine.local import LocalTransport, run_ranks
-from pipetrain.errors import ConfigError
+from pipetrain.errors import ConfigError, LayerError, StageFailed
 
 DOCS = Path(__file__).parent.parent / "docs" / "python.md"
 
@@ -107,6 +107,35 @@ def test_a_balance_and_a_state_of_ones_own() -> None:
     assert set(first) == {"0.weight", "0.bias"}
     assert set(second) == {"1.weight", "1.bias", "2.weight", "2.bias"}
     assert second["2.weight"].tolist() == [[2, 2], [2, 2]]
+
+
+def test_the_state_has_the_names_of_the_whole_model_also_for_a_module_that_is_used_twice() -> None:
+    def rank_main(transport: LocalTransport) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        same = nn.Linear(2, 2)
+        layers = nn.Sequential(same, nn.Tanh(), same)
+        pipe = Pipeline(layers, "mse", balance=[1, 2], transport=transport, device="cpu")
+        pipe.load_state_dict({name: torch.ones_like(t) for name, t in layers.state_dict().items()})
+        return pipe.state_dict()
+
+    for part in run_ranks(2, rank_main):
+        assert set(part) == {"0.weight", "0.bias"}
+        assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in part.values())
+
+
+def test_what_is_frozen_must_stay_frozen_and_a_batch_must_have_a_target() -> None:
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def rank_main(transport: LocalTransport) -> None:
+        pipe = Pipeline(layers, "cross_entropy", num_microbatches=2, transport=transport, device="cpu")
+        with pytest.raises(StageFailed, match="the mini-batch has no valid target"):
+            pipe.train_step(torch.randn(4, 2), torch.full((4,), -100))
+        pipe.train_step(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))
+        layers[0].requires_grad_(False)
+        with pytest.raises(LayerError, match=r"requires_grad of 0.weight has changed"):
+            pipe.train_step(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))
+
+    run_ranks(1, rank_main)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class PlainModel:
         is_whole = recipe.whole is not None and not as_layers
         self._body = _Whole(recipe, recipe.whole) if is_whole and recipe.whole else _Layers(recipe, seed)
         for module in self._body.modules:
-            module.to(device).double().train()
+            module.to(device).double()
         self.parameters: dict[str, nn.Parameter] = dict(self._named("named_parameters"))
         if is_whole:
             by_name = dict(self._body.modules[0].named_parameters(remove_duplicate=False))
@@ -106,7 +106,8 @@ class PlainModel:
         self.modules: dict[str, nn.Module] = dict(self._named("named_modules"))
         norms = {id(m): m for m in self.modules.values() if isinstance(m, _BatchNorm) and m.running_mean is not None}
         self.batch_norms = [MiniBatchNorm(module) for module in norms.values()]
-        self._seed, self._step, self._microbatch, self._place = seed, 0, 0, 0
+        self._seed, self._step, self._microbatch = seed, 0, 0
+        self._place: int | None = None
         self._calls: Counter[str] = Counter()
         for place, module in enumerate(self._body.modules):
             for local, part in module.named_modules():
@@ -136,7 +137,15 @@ class PlainModel:
             self._calls.clear()
             torch.manual_seed(derive_seed(self._seed, step, name, microbatch))
 
-        return self._body.run(inputs, before)
+        for norm in self.batch_norms:
+            norm.counts = True
+        output = self._body.run(inputs, before)
+        # What torch.utils.checkpoint runs again in the backward draws the same, and is not counted again.
+        self._place = None
+        self._calls.clear()
+        for norm in self.batch_norms:
+            norm.counts = False
+        return output
 
     def draws_outside_of_modules(self, inputs: Tensors) -> bool:
         """Whether a forward draws numbers of its own, between the calls of its modules: no seed is promised for those.
@@ -163,7 +172,7 @@ class PlainModel:
 
     def _seed_call(self, place: int, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, arguments: Any) -> None:
-            if self._place == place:  # a module may be part of several
+            if self._place in (place, None):  # a module may be part of several
                 self._calls[name] += 1
                 called = name_of_call(name, self._calls[name])
                 torch.manual_seed(derive_seed(self._seed, self._step, called, self._microbatch))
@@ -191,12 +200,19 @@ class MiniBatchNorm:
     def __init__(self, module: Any) -> None:
         self._module, self._momentum = module, module.momentum
         module.momentum = 0.0  # its own updates, one for each micro-batch, change nothing
+        self.counts = False
         self._seen: list[Tensor] = []
-        module.register_forward_pre_hook(lambda _, arguments: self._seen.append(arguments[0].detach()))
+        module.register_forward_pre_hook(self._look, with_kwargs=True)
+
+    def _look(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if module.training and self.counts:
+            self._seen.append((arguments[0] if arguments else keywords["input"]).detach())
 
     @torch.no_grad()
     def end_of_step(self, num_steps: int) -> None:
         """Takes in what the module saw since the last step; `num_steps` mini-batches so far, this one too."""
+        if not self._seen:
+            return
         seen = torch.cat(self._seen).transpose(0, 1).flatten(1)  # [channels, everything else]
         self._seen.clear()
         share = 1 / num_steps if self._momentum is None else self._momentum

@@ -41,7 +41,7 @@ class MiniBatchStatistics:
         self._kept: tuple[Any, ...] = ()
         self._parts: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
         module.register_forward_pre_hook(self._before)
-        module.register_forward_hook(self._after, always_call=True)
+        module.register_forward_hook(self._after, with_kwargs=True, always_call=True)
 
     def forget(self) -> None:
         """Starts a new mini-batch."""
@@ -74,7 +74,7 @@ class MiniBatchStatistics:
         module._buffers.update(zip(_BUFFERS, (torch.zeros_like(mean), torch.zeros_like(variance), None), strict=True))
         module.momentum = 1.0  # type: ignore[assignment]
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         if not self._kept:
             return
         mean, variance = module._buffers["running_mean"], module._buffers["running_var"]
@@ -83,7 +83,8 @@ class MiniBatchStatistics:
         module.momentum = momentum
         self._kept = ()
         if self.microbatch is not None and mean is not None and variance is not None and output is not None:
-            count = args[0].numel() // args[0].shape[1]
+            x = args[0] if args else kwargs["input"]
+            count = x.numel() // x.shape[1]
             self._parts.setdefault(self.microbatch, []).append((count, mean, variance))
 
 

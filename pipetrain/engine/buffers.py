@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from pipetrain.errors import LayerError
+
 SavedBuffers = list[tuple[nn.Module, str, Tensor]]
 
 
@@ -21,15 +23,17 @@ class OwnBuffers:
         self._places = [
             (part, name) for part in module.modules() for name, buffer in part._buffers.items() if buffer is not None
         ]
+        self._constant: list[tuple[nn.Module, str]] = []  # those that the first forward left alone
         self._watched = False
 
     def __bool__(self) -> bool:
         """Whether there may be any."""
-        return bool(self._places)
+        return bool(self._places or self._constant)
 
     @contextmanager
     def renewed(self, saved: SavedBuffers) -> Iterator[None]:
         """For a forward: it writes into new buffers, which then stay; the old ones go into `saved`."""
+        others = [(part, name, _get(part, name), _get(part, name)._version) for part, name in self._constant]
         old = [(part, name, _get(part, name)) for part, name in self._places]
         new = [_put(part, name, buffer.clone()) for part, name, buffer in old]
         versions = [buffer._version for buffer in new]
@@ -44,7 +48,15 @@ class OwnBuffers:
                 if not changed:
                     _put(part, name, buffer)
             old = [place for place, changed in zip(old, is_changed, strict=True) if changed]
-            self._places = [(part, name) for part, name, _ in old]
+            changing = [(part, name) for part, name, _ in old]
+            self._constant = [place for place in self._places if place not in changing]
+            self._places = changing
+        for part, name, buffer, version in others:
+            if part._buffers[name] is not buffer or buffer._version != version:
+                raise LayerError(
+                    f"buffer {name} of a {type(part).__name__} changed, which it did not do in the first forward: what "
+                    "a recompute must start from is not known any more; change it in every forward, or never"
+                )
         saved += old
 
     @contextmanager

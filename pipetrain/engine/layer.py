@@ -27,31 +27,34 @@ Arrange = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class LayerGraph:
-    """What backward needs of one forward of one layer. The outputs' memory is not part of it.
-
-    Attributes:
-        needs_grad: which leaves of the output want a gradient.
-    """
+    """What backward needs of one forward of one layer. The outputs' memory is not part of it."""
 
     def __init__(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         self._inputs = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-        self.needs_grad = tuple(isinstance(out, Tensor) and out.requires_grad for out in outputs)
         self._edges: dict[int, GradientEdge] = {
-            place: get_gradient_edge(out) for place, out in enumerate(outputs) if self.needs_grad[place]
+            place: get_gradient_edge(out)
+            for place, out in enumerate(outputs)
+            if isinstance(out, Tensor) and out.requires_grad
         }
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no gradient can flow through."""
+        return not self._edges
 
     def backward(self, gradients: dict[int, Tensor]) -> list[Tensor]:
         """Adds to the `.grad` of the layer's parameters.
 
         Args:
-            gradients: of those outputs with `needs_grad` that somebody uses, by their place.
+            gradients: of those outputs that somebody uses, by their place. One that depends on nothing is not needed.
 
         Returns:
             One gradient for each input that wanted one; zeros where the outputs do not depend on it.
         """
-        if gradients:
-            edges = [self._edges[place] for place in gradients]
-            torch.autograd.backward(edges, list(gradients.values()))
+        wanted = [place for place in gradients if place in self._edges]
+        if wanted:
+            edges = [self._edges[place] for place in wanted]
+            torch.autograd.backward(edges, [gradients[place] for place in wanted])
         self._edges = {}
         return [torch.zeros_like(x) if x.grad is None else x.grad for x in self._inputs]
 
@@ -74,6 +77,10 @@ class Layer:
         self.buffers = OwnBuffers(module)
         self._changed_inputs: dict[bool, frozenset[int]] = {}  # by place, in training and in evaluation
         self._prefix = prefix
+
+    @property
+    def has_trained_parameters(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.module.parameters())
 
     @property
     def changed_inputs(self) -> frozenset[int] | None:

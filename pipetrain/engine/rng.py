@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from pipetrain.errors import LayerError
 from pipetrain.seeds import derive_seed, name_of_call
 
 _DRAWING = (
@@ -32,6 +33,8 @@ class LayerRandomness:
         self._seed = seed
         self._now = (0, 0)
         self._calls: dict[str, int] = {}
+        self._most_calls: dict[str, int] = {}
+        self._in_backward = False
         # torch.manual_seed reseeds every device and takes 0.7 ms; one generator takes a microsecond.
         self._generator: torch.Generator = (
             torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
@@ -46,11 +49,16 @@ class LayerRandomness:
     def _watch_one(self, part: nn.Module, name: str) -> None:
         def seed(module: nn.Module, args: object) -> None:
             if module.training:
-                self._calls[name] = self._calls.get(name, 0) + 1
+                call = self._calls[name] = self._calls.get(name, 0) + 1
+                if not self._in_backward:
+                    self._most_calls[name] = max(call, self._most_calls.get(name, 0))
+                elif self._most_calls[name] > 1:
+                    raise LayerError(
+                        f"{name} is called several times under torch.utils.checkpoint, and its draws could not be "
+                        "repeated; leave the checkpoint out and use recompute=always, or give each call a module"
+                    )
                 step, microbatch = self._now
-                self._generator.manual_seed(
-                    derive_seed(self._seed, step, name_of_call(name, self._calls[name]), microbatch)
-                )
+                self._generator.manual_seed(derive_seed(self._seed, step, name_of_call(name, call), microbatch))
 
         part.register_forward_pre_hook(seed)
 
@@ -58,7 +66,14 @@ class LayerRandomness:
         """Makes the next draws those of this layer, step and micro-batch."""
         self._now = (step, microbatch)
         self._calls.clear()
+        self._in_backward = False
         self._generator.manual_seed(derive_seed(self._seed, step, layer, microbatch))
+
+    def before_backward(self, step: int, microbatch: int) -> None:
+        """For modules that run again in a backward (torch.utils.checkpoint): they draw what they drew before."""
+        self._now = (step, microbatch)
+        self._calls.clear()
+        self._in_backward = True
 
     @contextmanager
     def preserved(self) -> Iterator[None]:

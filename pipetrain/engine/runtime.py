@@ -131,6 +131,8 @@ class Runtime:
             parameter.grad = None
         self._begin(program, step, inputs, targets, training=True)
         last = self._num_stages - 1 in self.stages
+        if last and total < 1:
+            raise StageFailed("the mini-batch has no valid target: the mean of its loss is not defined")
         self._total, self._request, self._on_update = total if last else 0, request, update
         self._run(program)
         assert self._report is not None, "a training schedule ends with an update"

@@ -32,6 +32,7 @@ class _InFlight:
     inputs: Values = field(default_factory=dict)
     buffers: dict[int, SavedBuffers] = field(default_factory=dict)
     graphs: list[tuple[int, Inputs, LayerGraph]] = field(default_factory=list)
+    dead_ends: list[int] = field(default_factory=list)  # layers that get gradients and cannot pass them on
 
 
 class Stage:
@@ -72,6 +73,8 @@ class Stage:
         self._all = [*self.layers, Layer("loss", "loss.", self._loss)] if self._loss is not None else self.layers
         self._first = dataflow.stage_of.index(index)
         self._in_flight: dict[int, _InFlight] = {}
+        self._came_training = [(m, m.training) for layer in self.layers for m in layer.module.modules()]
+        self._trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         for layer in self.layers:
             self.random.watch(layer.module, layer.full_name)
         self._statistics = [
@@ -100,11 +103,23 @@ class Stage:
                     yield layer.full_name(name), buffer
 
     def train(self, mode: bool) -> None:
-        """Switches dropout and its like on or off, and starts a new mini-batch."""
-        for layer in self.layers:
-            layer.module.train(mode)
+        """Switches dropout and its like on or off, and starts a new mini-batch.
+
+        In training every module is in the mode in which it came: one that was put into evaluation for good stays so.
+
+        Raises:
+            LayerError: if a parameter was frozen or unfrozen since the stage was built.
+        """
+        for module, came_training in self._came_training:
+            module.training = mode and came_training
         for statistics in self._statistics:
             statistics.forget()
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad != self._trained[name]:
+                raise LayerError(
+                    f"requires_grad of {name} has changed, and with it what the stages send each other; freeze or "
+                    "unfreeze parameters before the pipeline is built"
+                )
 
     def update_statistics(self) -> None:
         """Moves the running statistics of all BatchNorms by those of the mini-batch."""
@@ -134,8 +149,6 @@ class Stage:
                 state.inputs = dict(inputs)
         self._count_statistics(microbatch if for_backward else None)
         values = self._run(microbatch, inputs, state, for_backward, keep_graph=keep_graph)
-        if for_backward and self.is_last:
-            self._check_gradient(key)
         return values
 
     def recompute(self, microbatch: int) -> None:
@@ -155,8 +168,10 @@ class Stage:
             The gradients, as summed so far, of the values that came from other stages.
         """
         graphs = self._in_flight.pop(microbatch).graphs
+        self._count_statistics(None)
         while graphs:
             number, inputs, graph = graphs.pop()
+            self.random.before_backward(self.step, microbatch)
             own = {leaf: gradients.pop((layer, leaf)) for layer, leaf in list(gradients) if layer == number}
             for value, share in zip(inputs.wanting_gradients, graph.backward(own), strict=True):
                 gradients[value] = gradients[value] + share if value in gradients else share
@@ -223,13 +238,13 @@ class Stage:
                 with self._own_buffers(layer, number, state, again):
                     if with_graph:
                         leaves, spec, graph = layer.forward_with_graph(taken, wired.arrange, wired.needs_grad)
-                        needs_grad = graph.needs_grad
                         if keep_graph:
                             state.graphs.append((number, wired, graph))
+                        if graph.is_empty:
+                            self._note_dead_end(number, layer, wired, state)
                     else:
                         leaves, spec = layer.forward(taken, wired.arrange)
-                        needs_grad = (False,) * len(leaves)
-                self._check_output(key, number, layer, leaves, spec, needs_grad, wired)
+                self._check_output(key, number, layer, leaves, spec, with_graph, wired)
                 values.update({(number, leaf): value for leaf, value in enumerate(leaves)})
                 for value in wired.last_used_here:
                     del values[value]
@@ -250,11 +265,14 @@ class Stage:
         layer: Layer,
         leaves: list[Any],
         spec: TreeSpec,
-        needs_grad: tuple[bool, ...],
+        with_graph: bool,
         wired: Inputs,
     ) -> None:
         """Learns what a layer's output looks like, or compares it with what was learned."""
         if not self.wiring.knows(key, number):
+            # Which outputs want a gradient must hold for all micro-batches, so it follows from what goes in.
+            passes = with_graph and self._passes_gradients(layer, wired)
+            needs_grad = [passes and _is_continuous(x) for x in leaves]
             try:
                 self.wiring.learn(key, {number: structure_of(leaves, spec, needs_grad)})
             except TypeError as error:
@@ -263,7 +281,7 @@ class Stage:
             return
         known = self.wiring.structure(key, number)
         if spec != known.spec or not all(map(same_kind, leaves, known.leaves)):
-            now = structure_of(leaves, spec, needs_grad)
+            now = structure_of(leaves, spec, [False] * len(leaves))
             raise LayerError(
                 f"the output of layer {layer.name} is {describe(now.leaves)}, but for the same input shapes it was "
                 f"{describe(known.leaves)} before; only values of tensors and numbers may differ between micro-batches"
@@ -272,21 +290,23 @@ class Stage:
             if isinstance(kind, TensorSpec):
                 leaves[place] = kind.conform(leaves[place])
 
-    def _check_gradient(self, key: int) -> None:
-        """Without a gradient of the loss nothing can be trained; names the first layer of this stage that lost it."""
-        if self.wiring.needs_grad(key, self.loss_id):
+    def _note_dead_end(self, number: int, layer: Layer, wired: Inputs, state: _InFlight) -> None:
+        """A gradient may end in a layer, but not in the loss: then nothing could be trained."""
+        if self._passes_gradients(layer, wired):
+            state.dead_ends.append(number)
+        if number != self.loss_id[0] or self._loss is None:
             return
-        for number, layer in enumerate(self._all, self._first):
-            has_one = self.wiring.inputs(key, number).wanting_gradients or any(
-                parameter.requires_grad for parameter in layer.module.parameters()
-            )
-            structure = self.wiring.structure(key, number)
-            if has_one and not any(isinstance(kind, TensorSpec) and kind.needs_grad for kind in structure.leaves):
-                raise LayerError(
-                    f"no gradient can pass layer {layer.name}: it returns {describe(structure.leaves)}; "
-                    "return floating-point tensors that depend on its input or its parameters"
-                )
-        raise LayerError("the loss does not depend on any parameter that can be trained")
+        if not state.dead_ends:
+            raise LayerError("the loss does not depend on any parameter that can be trained")
+        name, first = self.wiring.name(state.dead_ends[0]), state.dead_ends[0]
+        what = "" if first == number else f": it returns {describe(self.wiring.structure(state.key, first).leaves)}"
+        raise LayerError(
+            f"no gradient can pass layer {name}{what}; return floating-point tensors that depend on its input or its "
+            "parameters"
+        )
+
+    def _passes_gradients(self, layer: Layer, wired: Inputs) -> bool:
+        return bool(wired.wanting_gradients) or layer.has_trained_parameters
 
     def _check_changed_inputs(self, number: int, layer: Layer, wired: Inputs) -> None:
         """A layer changes copies of its inputs; elsewhere the value stays. In the unsplit model it would not."""
@@ -297,3 +317,7 @@ class Stage:
                     f"layer {layer.name} changes in place what layer {self.wiring.name(later[0])} takes after it; let "
                     "it compute a new tensor (inplace=False)"
                 )
+
+
+def _is_continuous(value: object) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

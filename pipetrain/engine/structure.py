@@ -60,6 +60,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 def without_gaps(tensor: Tensor) -> Tensor:
     """The tensor itself, or a contiguous copy where its memory has gaps or overlaps, as after a slice or an expand."""
+    tensor = tensor.resolve_conj().resolve_neg()
     if tensor.is_contiguous():
         return tensor
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)

@@ -79,7 +79,8 @@ def _make(factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:
     if wrong or not blocks:
         what = f"{wrong[0]!r:.60}, a {type(wrong[0]).__name__}" if wrong else "an empty list"
         raise ConfigError(f"it gives {what}; it must give an nn.Module or a list of them")
-    return nn.Sequential(*blocks) if isinstance(made, list | tuple) else made
+    module = nn.Sequential(*blocks) if isinstance(made, list | tuple) else made
+    return module.train()  # as every training loop does; a module may keep some of its parts in evaluation
 
 
 def _without_memory(make: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -40,6 +40,8 @@ _WAYS_OUT = (
 def trace(root: nn.Module, num_inputs: int, training: bool) -> tuple[fx.Graph, dict[str, Any]]:
     """The graph of `root.forward` in one mode, and the constants that the trace came across, by name.
 
+    In training every part is in the mode in which it came, and afterwards it is so again.
+
     Args:
         num_inputs: the first so many arguments of forward are inputs; the others keep their defaults.
 
@@ -47,7 +49,17 @@ def trace(root: nn.Module, num_inputs: int, training: bool) -> tuple[fx.Graph, d
         ConfigError: with the line that is in the way, if the forward of `root` itself cannot be traced, or if a part
             of it is bound to one device.
     """
-    root.train(training)
+    modes = [(part, part.training) for part in root.modules()]
+    try:
+        for part, came_training in modes:
+            part.training = training and came_training
+        return _trace(root, num_inputs)
+    finally:
+        for part, came_training in modes:
+            part.training = came_training
+
+
+def _trace(root: nn.Module, num_inputs: int) -> tuple[fx.Graph, dict[str, Any]]:
     whole: set[type[nn.Module]] = set()
     while True:
         tracer = _Tracer(root, num_inputs, whole)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from pipeline import Result, train
 from reference import plain_step
 from torch import Tensor, nn
@@ -359,6 +360,93 @@ def test_attention_and_recurrent_dropout_is_the_same_at_every_cut() -> None:
             return self.drop(x + self.drop(self.attention(x, x, x, need_weights=False)[0]))  # type: ignore[no-any-return]
 
     assert_every_cut_is_plain(chain(Recurrent, Attentive, Attentive), data((5, 4), (3, D)))
+
+
+class Gate(nn.Module):
+    """Its output wants a gradient for some micro-batches and not for others."""
+
+    def __init__(self, sign: float) -> None:
+        super().__init__()
+        self.linear, self._sign = nn.Linear(D, D), sign
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if float(x.detach().sum()) * self._sign > 0 else x * 2
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_layer_whose_output_wants_a_gradient_only_sometimes(sign: float) -> None:
+    x = torch.ones(6, D) * torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0])[:, None]
+    assert_every_cut_is_plain(chain(lambda: Gate(sign), linear), [(x, torch.randn(6, D))], num_microbatches=3)
+
+
+class Checkpointed(nn.Module):
+    """Recomputes by itself, with torch's own means."""
+
+    def __init__(self, calls: int = 1) -> None:
+        super().__init__()
+        self.first, self.drop, self._calls = nn.Linear(D, D), nn.Dropout(0.4), calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self._calls):
+            x = torch.utils.checkpoint.checkpoint(self._once, x, use_reentrant=False)
+        return x
+
+    def _once(self, x: Tensor) -> Tensor:
+        return self.drop(torch.tanh(self.first(x)))  # type: ignore[no-any-return]
+
+
+def test_torchs_own_checkpointing_inside_a_layer() -> None:
+    assert_every_cut_is_plain(chain(linear, Checkpointed, lambda: nn.BatchNorm1d(D), Checkpointed), data((9, 8)))
+
+
+def test_torchs_own_checkpointing_of_several_calls_of_one_dropout_is_refused() -> None:
+    with pytest.raises(LayerError, match=r"layer1.drop is called several times under torch.utils.checkpoint"):
+        train(chain(linear, lambda: Checkpointed(2)), (1, 1), data(), num_microbatches=2)
+
+
+def test_a_buffer_that_changes_only_later_is_refused() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(D))
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls > 1:
+                self.mean += x.detach().mean(0)
+            return x + self.mean
+
+    with pytest.raises(LayerError, match="buffer mean of a Late changed, which it did not do in the first forward"):
+        train(chain(linear, Late, linear), (3,), data(), num_microbatches=3)
+
+
+def test_parts_that_stay_in_evaluation_for_good() -> None:
+    def frozen_norm() -> nn.Module:
+        module = nn.Sequential(linear(), nn.BatchNorm1d(D), nn.Dropout(0.5))
+        module[1].eval()
+        return module
+
+    recipe = chain(frozen_norm, linear)
+    assert_every_cut_is_plain(recipe, data((9, 8)))
+    got = train(recipe, (1, 1), data((9, 8)), num_microbatches=3)
+    assert got.buffers["layer0.1.num_batches_tracked"] == 0
+
+
+def test_complex_values_and_batch_norm_called_by_keyword() -> None:
+    class Complex(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.complex(x, 0.5 * x).conj()
+
+    class Real(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(input=(x.real + 2 * x.imag).contiguous())  # type: ignore[no-any-return]
+
+    assert_every_cut_is_plain(chain(linear, Complex, Real, linear), data((9, 8)))
 
 
 # ---- bad modules -----------------------------------------------------------------------------------------------------
