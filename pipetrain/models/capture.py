@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from pipetrain.errors import ConfigError
 from pipetrain.models.borders import find_borders, last_uses, must_stay_whole
 from pipetrain.models.parts import (
     Naming,
@@ -45,11 +46,27 @@ def capture(module: nn.Module, make: Make, num_inputs: int) -> Captured:
     Raises:
         ConfigError: if it cannot be captured, with the line that is in the way.
     """
+    _refuse_what_cannot_be_cut(module)
     children = _chain(module)
     uses = Counter(child for _, child in children)
     if children and not any(must_stay_whole(child) for child, times in uses.items() if times > 1):
         return _capture_chain(children, make)
     return _Cutter(module, num_inputs).capture(make)
+
+
+def _refuse_what_cannot_be_cut(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in part.parameters(recurse=False)):
+            raise ConfigError(f"module {name} is lazy: its sizes are not known yet; give them, as in nn.Linear(8, 4)")
+        if getattr(part, "sparse", False) is True:
+            raise ConfigError(f"module {name} has sparse gradients, which are not supported; use sparse=False")
+        is_opened = not name or type(part).forward is nn.Sequential.forward
+        if is_opened and (part._forward_hooks or part._forward_pre_hooks):
+            where = f"module {name}" if name else "the module"
+            raise ConfigError(
+                f"{where} has a forward hook, but only its parts are in the pipeline, it is not; put what the hook does "
+                "into a module"
+            )
 
 
 # ---- a chain ---------------------------------------------------------------------------------------------------------

@@ -88,13 +88,21 @@ class _Proxy(fx.Proxy):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+    def __getattr__(self, name: str) -> "_Attribute":
+        return _Attribute(self, name)
+
+
+class _Attribute(fx.proxy.Attribute):
+    """An attribute of a traced value, such as `x.T`, which may be changed in place as well."""
+
 
 def _in_place(function: Callable[..., Any]) -> Callable[[_Proxy, Any], Any]:
     return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
 
 
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
-    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+    for _recorded in (_Proxy, _Attribute):
+        setattr(_recorded, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 class _State(_Proxy):

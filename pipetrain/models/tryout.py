@@ -1,5 +1,6 @@
 """One micro-batch through a model before any worker starts: mistakes in its shapes are found here, with the layer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from pipetrain.errors import ConfigError
 from pipetrain.models.imports import shown
 from pipetrain.models.recipe import BATCH, Recipe, Tensors, Value
 from pipetrain.models.whole import WithoutMemory, seeded
+
+_LARGEST_COMPARED = 1 << 26  # elements
 
 
 class _Failed(Exception):
@@ -62,11 +65,14 @@ def _run(recipe: Recipe, layers: list[nn.Module], inputs: Tensors, targets: Tens
     ends_at, output = "", None
     for place, (layer, module) in enumerate(zip(recipe.layers, layers, strict=True)):
         arguments = [argument for taken in recipe.taken_by(place) for argument in value(taken)]
+        taken_now = [(x, x._version) for x in tree_leaves(arguments) if isinstance(x, Tensor)]
         try:
             output = outputs[layer.name] = module(*arguments)
         except Exception as error:
             sizes = ", ".join(_shown(argument) for argument in arguments)
             raise _Failed(f"layer {layer.name} fails on {sizes}: {shown(error)}") from error
+        for tensor in (x for x, version in taken_now if x._version != version):
+            _check_nobody_else_has(tensor, place, recipe, outputs, value)
         if not ends_at and any(p.requires_grad for p in module.parameters()) and not _has_gradient(output):
             ends_at = layer.name
     try:
@@ -82,6 +88,35 @@ def _run(recipe: Recipe, layers: list[nn.Module], inputs: Tensors, targets: Tens
             f"({_shown(outputs[ends_at or recipe.layers[-1].name])}), so the loss trains nothing; "
             "let it return floating tensors that depend on its parameters"
         )
+
+
+def _check_nobody_else_has(
+    changed: Tensor, place: int, recipe: Recipe, outputs: dict[str, Any], value: Callable[[Value], tuple[Any, ...]]
+) -> None:
+    """A layer changes copies of what it takes; in the whole module all that share its memory would see the change."""
+    made = {BATCH, *(layer.name for layer in recipe.layers[:place])}
+    for later in range(place + 1, len(recipe.layers)):
+        for taken in recipe.taken_by(later):
+            tensors = [x for x in tree_leaves(value(taken)) if isinstance(x, Tensor)] if taken.layer in made else []
+            if any(_overlap(changed, tensor) for tensor in tensors):
+                this, other = recipe.layers[place].name, recipe.layers[later].name
+                raise _Failed(
+                    f"layer {this} changes a tensor in place that layer {other} also gets, from {taken.layer}; let it "
+                    "compute a new tensor (x = x + 1 in place of x += 1)"
+                )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share elements of one memory; exact for all but very large ones."""
+    one_memory = bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+    if not one_memory or a.dtype != b.dtype:
+        return one_memory
+    size = a.untyped_storage().nbytes() // a.dtype.itemsize
+    if size > _LARGEST_COMPARED:
+        return True
+    covered = torch.zeros(size, dtype=torch.bool, device="cpu")
+    covered.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(covered.as_strided(b.shape, b.stride(), b.storage_offset()).any())
 
 
 def _has_gradient(output: Any) -> bool:

@@ -1,21 +1,23 @@
 """model=anything: factories, losses, and what is said when they cannot work."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from pipetrain.errors import ConfigError
 from pipetrain.models import BATCH, LayerRecipe, Recipe, Value, try_out
 from pipetrain.models.anything import anything
+from pipetrain.models.capture import capture
 from pipetrain.models.losses import find_loss
 
 MODELS = """
 import torch
-from torch import nn
+from torch import Tensor, nn
 import torch.nn.functional as F
 
 class Net(nn.Module):
@@ -237,3 +239,54 @@ def test_a_model_that_looks_at_values_is_let_pass() -> None:
 
     made = Recipe((LayerRecipe("looks", lambda: Looks(4, 3)),), *find_loss("cross_entropy"))
     try_out(made, (X,), (Y,))
+
+
+class Aliased(nn.Module):
+    """Changes in place what, under another name that the trace knows nothing of, is used again three layers later."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.parts, self.same = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Sequential()
+        self._in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.parts[0](x)
+        v = self.same(a)
+        if self._in_place:
+            v += self.parts[1](x)
+        else:
+            v = v + self.parts[1](x)
+        return self.parts[3](self.parts[2](a)) + v
+
+
+def test_a_change_in_place_that_others_would_see_is_refused_and_nothing_else() -> None:
+    x, y = (torch.randn(3, 4),), (torch.randn(3, 4),)
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        module = Aliased(in_place)
+        layers, ties = capture(module, lambda module=module: copy.deepcopy(module), 1)
+        recipe = Recipe(tuple(layers), *find_loss("mse"), ties=tuple(ties))
+        if in_place:
+            with pytest.raises(ConfigError, match=r"changes a tensor in place that layer .* also gets, from"):
+                try_out(recipe, x, y)
+        else:
+            try_out(recipe, x, y)
+
+
+@pytest.mark.parametrize(
+    ("module", "error"),
+    [
+        (nn.Sequential(nn.LazyLinear(4)), "module 0 is lazy"),
+        (nn.Sequential(nn.Embedding(4, 4, sparse=True)), "module 0 has sparse gradients"),
+    ],
+)
+def test_modules_that_cannot_be_cut_are_named(module: nn.Module, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        capture(module, lambda: module, 1)
+
+
+def test_hooks_of_a_container_are_not_lost_silently() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    module[1].register_forward_hook(lambda part, args, output: output * 2)
+    with pytest.raises(ConfigError, match="module 1 has a forward hook"):
+        capture(module, lambda: module, 1)
