@@ -64,7 +64,7 @@ def _refuse_what_cannot_be_cut(module: nn.Module) -> None:
         if is_opened and (part._forward_hooks or part._forward_pre_hooks):
             where = f"module {name}" if name else "the module"
             raise ConfigError(
-                f"{where} has a forward hook, but only its parts are in the pipeline, it is not; put what the hook does "
+                f"{where} has a forward hook, but only its parts are in the pipeline; put what the hook does "
                 "into a module"
             )
 
