@@ -4,7 +4,6 @@ What is never looked into: modules of `torch.nn`, modules without children, and 
 traced. All of them stay one node of the graph, run by their own code.
 """
 
-import ast
 import contextlib
 import inspect
 import linecache
@@ -13,7 +12,7 @@ import random
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pipetrain.errors import ConfigError
+from pipetrain.models.checks import assume
 from pipetrain.models.imports import is_users
 
 # Functions that make a tensor from numbers. A call is recorded as a node: its numbers may be sizes of an input, its
@@ -76,9 +76,9 @@ def _trace(root: nn.Module, num_inputs: int) -> tuple[fx.Graph, dict[str, Any]]:
             return graph, _constants(root, set(tracer.tensor_attrs.values()))
 
 
-def check(value: object, expected: bool, where: str) -> None:
-    """An `assert`, or an `if ...: raise`, of the traced code."""
-    if bool(value) is not expected:
+def check(values: Sequence[object], expected: Sequence[bool], where: str) -> None:
+    """An `assert`, or an `if ...: raise`, of the traced code: one of the values is as expected."""
+    if not any(bool(value) is wanted for value, wanted in zip(values, expected, strict=True)):
         raise ValueError(f"the check in {where} fails")
 
 
@@ -100,6 +100,20 @@ def _in_place(function: Callable[..., Any]) -> Callable[[_Proxy, Any], Any]:
     return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
 
 
+def _hash(proxy: fx.Proxy) -> int:
+    """By identity, as ever; but not to the user's code, where `size in {1, 2}` would always be False."""
+    if is_users(sys._getframe(1).f_code.co_filename):
+        raise fx.proxy.TraceError("it looks up a value in a set or dict that is known only when the model runs")
+    return id(proxy)
+
+
+def _len(proxy: fx.Proxy) -> int:
+    raise fx.proxy.TraceError("len() must give a number, which is known only when the model runs; use x.shape[0]")
+
+
+for _recorded in (_Proxy, _Attribute):
+    _recorded.__hash__ = _hash  # type: ignore[method-assign,assignment]
+    _recorded.__len__ = _len  # type: ignore[method-assign]
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
     for _recorded in (_Proxy, _Attribute):
         setattr(_recorded, f"__{_name}__", _in_place(getattr(operator, _name)))
@@ -129,6 +143,7 @@ class _Tracer(fx.Tracer):
         self.failed_in: type[nn.Module] | None = None  # innermost module, but the root, whose forward raised
         self._num_inputs = num_inputs
         self._whole = whole
+        self._deciding = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         childless = next(m.children(), None) is None
@@ -170,12 +185,17 @@ class _Tracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """What a branch on a traced value takes: only a check of the input can be known, it is assumed to pass."""
-        found = _check_at(_users_frame())
-        if found is None:
-            return super().to_bool(obj)
-        expected, where = found
-        self.create_proxy("call_function", check, (obj, expected, where), {})
-        return expected
+        frame = _users_frame()
+        self._deciding, again = True, self._deciding
+        try:
+            assumed = None if again else assume(frame, obj)
+        finally:
+            self._deciding = again
+        if assumed is None:
+            raise fx.proxy.TraceError("it decides by a value or size that is known only when the model runs")
+        values, expected = zip(*assumed.parts, strict=True)
+        self.create_proxy("call_function", check, (values, expected, _place(frame)), {})
+        return assumed.taken
 
 
 def input_names(forward: Callable[..., Any], num_inputs: int) -> list[str]:
@@ -247,26 +267,6 @@ def _users_frame() -> FrameType | None:
     while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
     return frame
-
-
-def _check_at(frame: FrameType | None) -> tuple[bool, str] | None:
-    """If the running line is an `assert` or an `if` that only raises: what its condition should be, and where it is."""
-    if frame is None:
-        return None
-    file, line = frame.f_code.co_filename, frame.f_lineno
-    with contextlib.suppress(SyntaxError):
-        for node in ast.walk(ast.parse("".join(linecache.getlines(file)))):
-            raises = isinstance(node, ast.If) and not node.orelse and all(isinstance(s, ast.Raise) for s in node.body)
-            if not (isinstance(node, ast.Assert) or raises):
-                continue
-            test = node.test  # type: ignore[attr-defined]
-            if test.lineno <= line <= test.end_lineno:
-                expected = isinstance(node, ast.Assert)
-                while isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-                    test, expected = test.operand, not expected
-                simple = not isinstance(test, ast.BoolOp | ast.IfExp)
-                return (expected, _place(frame)) if simple else None
-    return None
 
 
 def _place(frame: FrameType | None) -> str:
