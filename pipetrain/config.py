@@ -14,6 +14,7 @@ from typing import Any
 from pipetrain.schedule import SCHEDULES
 
 MAX_DEFAULT_MICRO_BATCHES = 16
+MIN_DEFAULT_SAMPLES = 4  # in a micro-batch of a model with BatchNorm, which normalises each by itself
 
 
 def setting(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -39,6 +40,22 @@ class TransformerConfig(ModelConfig):
     init_scale: str = setting(
         "scale the initial feed-forward weights by depth: none | inverse_depth | inverse_sqrt_depth", "none"
     )
+
+
+@dataclass(kw_only=True)
+class AmoebaNetConfig(ModelConfig):
+    name: str = setting("AmoebaNet image classifier, sized by (layers, filters) as GPipe's (L, D)", "amoebanet")
+    genotype: str = setting("which cells: D | B", "D")
+    layers: int = setting("number of normal cells, in three stacks; must be divisible by 3", 6)
+    filters: int = setting("filters of the first stack; each stack has twice as many as the one before", 32)
+    stem: str = setting("imagenet (a 32nd as wide in the end) | small (a quarter; for some 28 to 64 pixels)", "small")
+    dropout: float = setting("probability of dropping an input of the classifier, 0 to below 1", 0.5)
+    drop_path: float = setting("probability of dropping a path of the last cell, less in earlier ones", 0.0)
+    drop_path_steps: int = setting("steps over which drop_path grows from 0; 0 = none", 0)
+    aux_weight: float = setting("weight of the auxiliary head's loss; 0 = no such head", 0.4)
+    label_smoothing: float = setting("share of a target that is spread over all classes, 0 to below 1", 0.1)
+    bn_momentum: float = setting("share of a mini-batch in BatchNorm's running statistics", 0.1)
+    bn_eps: float = setting("added to the variance in BatchNorm", 1e-5)
 
 
 @dataclass(kw_only=True)
@@ -139,7 +156,9 @@ class Config:
     partitions: int | None = setting("number of stages; null = one for each device", None)
     balance: Any = setting("layers of each stage: even, or a list such as [2,3,3]", "even")
     batch_size: int = setting("samples in one mini-batch", 16)
-    micro_batches: int | None = setting("pieces of a mini-batch; null = min(16, batch_size)", None)
+    micro_batches: int | None = setting(
+        "pieces of a mini-batch; null = min(16, batch_size), of amoebanet a quarter", None
+    )
     schedule: str = setting("order of the pipeline's work: " + " | ".join(SCHEDULES), "gpipe")
     recompute: str = setting("run each forward again before its backward, to save memory: always | never", "always")
     threads: Any = setting("CPU threads of each worker; auto = cores / workers of this machine", 1)
@@ -163,7 +182,7 @@ class Config:
 
 # Which schema a group's `name` stands for. Used by `cli` (typed composition) and by `from_json`.
 SCHEMAS: dict[str, dict[str, type]] = {
-    "model": {"transformer": TransformerConfig, "anything": AnythingConfig},
+    "model": {"transformer": TransformerConfig, "amoebanet": AmoebaNetConfig, "anything": AnythingConfig},
     "data": {"text": TextConfig, "synthetic": SyntheticConfig},
     "optimizer": {"adamw": AdamConfig, "adam": AdamConfig, "sgd": SgdConfig, "adafactor": AdafactorConfig},
 }
@@ -188,4 +207,7 @@ def from_json(text: str) -> Config:
 
 def num_microbatches(cfg: Config) -> int:
     """Micro-batches of one mini-batch. The default does not depend on the devices: numbers must not either."""
-    return min(MAX_DEFAULT_MICRO_BATCHES, cfg.batch_size) if cfg.micro_batches is None else cfg.micro_batches
+    if cfg.micro_batches is not None:
+        return cfg.micro_batches
+    samples = MIN_DEFAULT_SAMPLES if isinstance(cfg.model, AmoebaNetConfig) else 1
+    return min(MAX_DEFAULT_MICRO_BATCHES, max(1, cfg.batch_size // samples))

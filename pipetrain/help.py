@@ -5,6 +5,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pipetrain
@@ -55,15 +56,19 @@ class Setting:
     owners: tuple[str, ...] = ()
 
 
-def settings() -> dict[str, Setting]:
-    """Every key that can be typed, in the order of the schema."""
+def settings(values: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Setting]:
+    """Every key that can be typed, in the order of the schema.
+
+    Where several choices have a key, what it means is what it means to the one that is chosen in `values`.
+    """
     found: dict[str, Setting] = {}
     for setting in _fields_of(Config, ""):
         if not dataclasses.is_dataclass(setting.type):
             found[setting.key] = setting
             continue
         found.update({inner.key: inner for inner in _fields_of(setting.type, f"{setting.key}.")})
-        for choice, schema in SCHEMAS.get(setting.key, {}).items():
+        chosen = values.get(f"{setting.key}.name")
+        for choice, schema in sorted(SCHEMAS.get(setting.key, {}).items(), key=lambda item: item[0] == chosen):
             for inner in _fields_of(schema, f"{setting.key}."):
                 if inner.key not in found or found[inner.key].owners:
                     before = found[inner.key].owners if inner.key in found else ()
@@ -104,7 +109,7 @@ def text(values: Mapping[str, Any], folders: Sequence[Path]) -> str:
         + _table([(group, ", ".join(names)) for group, names in choices(folders).items()]),
     ]
     rows: dict[str, list[tuple[str, str, str]]] = {}
-    for setting in settings().values():
+    for setting in settings(values).values():
         chosen = not setting.owners or setting.key in values
         title = "Settings and their values here" if chosen else f"Only with {', '.join(setting.owners)}"
         shown = _show(values.get(setting.key, setting.default))

@@ -11,6 +11,7 @@ from typing import Any
 from pipetrain.config import (
     AdafactorConfig,
     AdamConfig,
+    AmoebaNetConfig,
     AnythingConfig,
     Config,
     OptimizerConfig,
@@ -18,6 +19,7 @@ from pipetrain.config import (
     SyntheticConfig,
     TextConfig,
     TransformerConfig,
+    num_microbatches,
 )
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError
@@ -31,6 +33,8 @@ LOGIT_CLIP_KINDS = ("hard", "soft")
 INIT_SCALES = ("none", "inverse_depth", "inverse_sqrt_depth")
 POSITIONS = ("learned", "sinusoidal")
 READING_ORDERS = ("shuffled", "contiguous")
+GENOTYPES = ("D", "B")
+STEMS = ("imagenet", "small")
 _FIXED = ("model", "data", "batch_size", "seed", "logit_clip", "logit_clip_kind", "optimizer.name")  # in a resumed run
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 LR_RULES = ("constant", "linear", "cosine", "inverse_sqrt")
@@ -51,6 +55,7 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
     _check_pipeline(cfg, num_gpus, world_size, problems)
     _check_model_shape(cfg, problems)
     _check_anything(cfg, problems)
+    _check_amoebanet(cfg, problems)
     _check_optimizer(cfg.optimizer, problems)
     if cfg.steps is not None and cfg.epochs is not None:
         problems.append(
@@ -126,6 +131,8 @@ def _check_choices(cfg: Config, problems: list[str]) -> None:
             ("model.positions", cfg.model.positions, POSITIONS),
             ("model.init_scale", cfg.model.init_scale, INIT_SCALES),
         ]
+    if isinstance(cfg.model, AmoebaNetConfig):
+        choices += [("model.genotype", cfg.model.genotype, GENOTYPES), ("model.stem", cfg.model.stem, STEMS)]
     if isinstance(cfg.data, TextConfig):
         choices.append(("data.order", cfg.data.order, READING_ORDERS))
     for key, value, allowed in choices:
@@ -222,7 +229,7 @@ def _check_model_shape(cfg: Config, problems: list[str]) -> None:
 def _check_anything(cfg: Config, problems: list[str]) -> None:
     if isinstance(cfg.data, SyntheticConfig) and not cfg.data.shape:
         problems.append("data.shape=[] must have at least one size, such as data.shape=[3,64,64]")
-    if isinstance(cfg.data, SyntheticConfig) and not isinstance(cfg.model, AnythingConfig):
+    if isinstance(cfg.data, SyntheticConfig) and isinstance(cfg.model, TransformerConfig):
         problems.append(f"data=synthetic gives numbers, but model={cfg.model.name} reads tokens; use data=text")
     if not isinstance(cfg.model, AnythingConfig):
         return
@@ -236,6 +243,50 @@ def _check_anything(cfg: Config, problems: list[str]) -> None:
             f"logit_clip={cfg.logit_clip} is for pipetrain's own language models: of model=anything nobody knows which "
             "values are the logits; clamp them in the module's forward, or type logit_clip=null"
         )
+
+
+def _check_amoebanet(cfg: Config, problems: list[str]) -> None:
+    model = cfg.model
+    if not isinstance(model, AmoebaNetConfig):
+        return
+    if isinstance(cfg.data, TextConfig):
+        problems.append("data=text gives tokens, but model=amoebanet looks at images; use data=synthetic")
+    elif isinstance(cfg.data, SyntheticConfig) and len(cfg.data.shape) != 3:
+        problems.append(
+            f"data.shape={_show(cfg.data.shape)} must be the channels, height and width of an image for "
+            "model=amoebanet, such as data.shape=[3,32,32]"
+        )
+    if cfg.logit_clip is not None:
+        problems.append(f"logit_clip={cfg.logit_clip} is for language models; type logit_clip=null")
+    # Half the filters in the first cell of the large stem, and convolutions on a quarter of a cell's filters.
+    for key, value, divisor in (("layers", model.layers, 3), ("filters", model.filters, _filter_unit(model))):
+        if value < 1 or value % divisor:
+            nearest = max(1, round(value / divisor)) * divisor
+            problems.append(f"model.{key}={value} must be divisible by {divisor}; try model.{key}={nearest}")
+    for key in ("dropout", "drop_path", "label_smoothing"):
+        if not 0 <= getattr(model, key) < 1:
+            problems.append(f"model.{key}={getattr(model, key)} must be at least 0 and below 1")
+    if not 0 <= model.aux_weight < float("inf"):
+        problems.append(f"model.aux_weight={model.aux_weight} must be at least 0 and finite; 0.4 is common, 0 is off")
+    if not 0 < model.bn_momentum <= 1:
+        problems.append(f"model.bn_momentum={model.bn_momentum} must be above 0 and at most 1; 0.1 is common")
+    if not 0 < model.bn_eps < float("inf"):
+        problems.append(f"model.bn_eps={model.bn_eps} must be above 0 and finite; 1e-5 is common")
+    if model.drop_path_steps < 0:
+        problems.append(f"model.drop_path_steps={model.drop_path_steps} must be at least 0")
+    if model.drop_path_steps and not model.drop_path:
+        problems.append(f"model.drop_path_steps={model.drop_path_steps} needs model.drop_path, such as 0.3")
+    samples = cfg.batch_size // num_microbatches(cfg) if num_microbatches(cfg) >= 1 else 0
+    if model.aux_weight and samples == 1:
+        problems.append(
+            f"micro_batches={num_microbatches(cfg)} of batch_size={cfg.batch_size} leave one sample in a micro-batch, "
+            "and the auxiliary head normalises over nothing else; "
+            f"use a larger batch_size, or micro_batches={max(1, cfg.batch_size // 2)}, or model.aux_weight=0"
+        )
+
+
+def _filter_unit(model: AmoebaNetConfig) -> int:
+    return 4 if model.stem == "small" else 8
 
 
 def _check_optimizer(optimizer: OptimizerConfig, problems: list[str]) -> None:

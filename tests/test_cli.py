@@ -468,7 +468,7 @@ def test_help_explains_every_key(launch: Launch, tmp_path: Path, capsys: pytest.
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
-    for setting in help.settings().values():
+    for setting in help.settings({"model.name": "transformer", "data.name": "text"}).values():
         assert setting.help, setting.key
         assert setting.help in rows[setting.key]
     assert rows["steps"].split()[1] == "300"
@@ -485,6 +485,15 @@ def test_help_shows_the_values_of_its_command(launch: Launch, capsys: pytest.Cap
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert rows["model.layers"][1] == "2"
     assert rows["optimizer.lr"][1] == "0.1"
+
+
+@pytest.mark.parametrize(("model", "meaning"), [("transformer", "Transformer blocks"), ("amoebanet", "normal cells")])
+def test_help_says_what_a_key_means_to_the_chosen_model(
+    launch: Launch, capsys: pytest.CaptureFixture[str], model: str, meaning: str
+) -> None:
+    assert cli.main(["--help", f"model={model}"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert meaning in rows["model.layers"]
 
 
 def test_version(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:

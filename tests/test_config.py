@@ -9,6 +9,7 @@ from pipetrain import config, rules
 from pipetrain.config import (
     AdafactorConfig,
     AdamConfig,
+    AmoebaNetConfig,
     AnythingConfig,
     Config,
     LrRuleConfig,
@@ -55,6 +56,9 @@ def settings(**changes: Any) -> Config:
         {"eval__every": 0, "checkpoint__every": 0, "seed": 0},
         {"model": AnythingConfig(factory="resnet18"), "data": SyntheticConfig()},
         {"model": AnythingConfig(factory="my_models:build", arguments={"width": 8})},
+        {"model": AmoebaNetConfig(), "data": SyntheticConfig(shape=[1, 28, 28])},
+        {"model": AmoebaNetConfig(aux_weight=0.0), "data": SyntheticConfig(), "micro_batches": 16},
+        {"model": AmoebaNetConfig(stem="small", filters=20), "data": SyntheticConfig()},
     ],
 )
 def test_good_settings(changes: dict[str, Any]) -> None:
@@ -62,6 +66,12 @@ def test_good_settings(changes: dict[str, Any]) -> None:
 
 
 RESNET = AnythingConfig(factory="resnet18")
+
+
+def amoebanet(**changes: Any) -> dict[str, Any]:
+    return {"model": AmoebaNetConfig(**changes), "data": SyntheticConfig()}
+
+
 BAD = [
     ({"model": AnythingConfig()}, "model=anything needs model.factory"),
     ({"model": RESNET, "logit_clip": 5.0}, "logit_clip=5.0 is for pipetrain's own"),
@@ -70,6 +80,32 @@ BAD = [
     ({"model": RESNET, "data": SyntheticConfig(shape=[])}, "data.shape=[] must have at least one size"),
     ({"model": RESNET, "data": SyntheticConfig(classes=0)}, "data.classes=0 must be at least 1"),
     ({"model": RESNET, "data": SyntheticConfig(samples=0)}, "data.samples=0 must be at least 1"),
+    ({"model": AmoebaNetConfig()}, "data=text gives tokens, but model=amoebanet looks at images; use data=synthetic"),
+    (
+        amoebanet() | {"data": SyntheticConfig(shape=[32, 32])},
+        "data.shape=[32,32] must be the channels, height and width of an image for model=amoebanet, such as",
+    ),
+    (amoebanet() | {"logit_clip": 5.0}, "logit_clip=5.0 is for language models; type logit_clip=null"),
+    (amoebanet(genotype="A"), "model.genotype=A: no such choice. Choose one of: D, B"),
+    (amoebanet(stem="cifar"), "model.stem=cifar: no such choice. Choose one of: imagenet, small"),
+    (amoebanet(layers=0), "model.layers=0 must be divisible by 3; try model.layers=3"),
+    (amoebanet(layers=17), "model.layers=17 must be divisible by 3; try model.layers=18"),
+    (amoebanet(filters=30), "model.filters=30 must be divisible by 4; try model.filters=32"),
+    (amoebanet(filters=-8), "model.filters=-8 must be divisible by 4; try model.filters=4"),
+    (amoebanet(filters=196, stem="imagenet"), "model.filters=196 must be divisible by 8; try model.filters=192"),
+    (amoebanet(dropout=1.0), "model.dropout=1.0 must be at least 0 and below 1"),
+    (amoebanet(drop_path=-0.1), "model.drop_path=-0.1 must be at least 0 and below 1"),
+    (amoebanet(label_smoothing=1.0), "model.label_smoothing=1.0 must be at least 0 and below 1"),
+    (amoebanet(drop_path=0.1, drop_path_steps=-1), "model.drop_path_steps=-1 must be at least 0"),
+    (amoebanet(drop_path_steps=5), "model.drop_path_steps=5 needs model.drop_path, such as 0.3"),
+    (amoebanet(aux_weight=-1.0), "model.aux_weight=-1.0 must be at least 0 and finite"),
+    (amoebanet(bn_momentum=0.0), "model.bn_momentum=0.0 must be above 0 and at most 1"),
+    (amoebanet(bn_eps=0.0), "model.bn_eps=0.0 must be above 0 and finite"),
+    (
+        amoebanet() | {"micro_batches": 9},
+        "micro_batches=9 of batch_size=16 leave one sample in a micro-batch, and the auxiliary head normalises over "
+        "nothing else; use a larger batch_size, or micro_batches=8, or model.aux_weight=0",
+    ),
     ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ({"micro_batches": 0}, "micro_batches=0 must be at least 1"),
     ({"steps": 0}, "steps=0 must be at least 1"),

@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+from pipetrain.models.amoebanet import amoebanet
 from pipetrain.models.anything import anything
 from pipetrain.models.recipe import BATCH, LayerRecipe, Recipe, Value
 from pipetrain.models.transformer import transformer
 from pipetrain.models.tryout import try_out
 
-MODELS: dict[str, Callable[..., Recipe]] = {"anything": anything, "transformer": transformer}
+MODELS: dict[str, Callable[..., Recipe]] = {
+    "amoebanet": amoebanet,
+    "anything": anything,
+    "transformer": transformer,
+}
 
 
 def build(name: str, **settings: Any) -> Recipe:

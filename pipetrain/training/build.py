@@ -3,12 +3,13 @@
 import dataclasses
 import resource
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipetrain import models
-from pipetrain.config import AnythingConfig, Config, SyntheticConfig, TextConfig
+from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, SyntheticConfig, TextConfig, num_microbatches
 from pipetrain.data.batches import ONCE, Batches, TextBatches
 from pipetrain.data.synthetic import SyntheticBatches
 from pipetrain.data.text import TokenFolder
@@ -31,6 +32,10 @@ def build_recipe(cfg: Config, tokens: TokenFolder | None) -> Recipe:
     """
     if isinstance(cfg.model, AnythingConfig):
         return models.build(**dataclasses.asdict(cfg.model), seed=cfg.seed)
+    if isinstance(cfg.model, AmoebaNetConfig):
+        return models.build(
+            **dataclasses.asdict(cfg.model), **_images(cfg)._asdict(), forwards_per_step=num_microbatches(cfg)
+        )
     assert isinstance(cfg.data, TextConfig)
     assert tokens is not None
     return models.build(
@@ -40,6 +45,20 @@ def build_recipe(cfg: Config, tokens: TokenFolder | None) -> Recipe:
         logit_clip=cfg.logit_clip,
         logit_clip_kind=cfg.logit_clip_kind,
     )
+
+
+class Images(NamedTuple):
+    """What a model of images must know of the data: `image_size` is (height, width)."""
+
+    channels: int
+    image_size: tuple[int, int]
+    num_classes: int
+
+
+def _images(cfg: Config) -> Images:
+    assert isinstance(cfg.data, SyntheticConfig)
+    channels, height, width = cfg.data.shape
+    return Images(channels, (height, width), cfg.data.classes)
 
 
 def balance_of(cfg: Config, num_layers: int, num_stages: int) -> tuple[int, ...]:
