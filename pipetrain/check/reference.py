@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from pipetrain.config import Config, num_microbatches
 from pipetrain.models.recipe import BATCH, Recipe, Tensors, Value, unsplit
 from pipetrain.partition.split import build_layer
-from pipetrain.seeds import derive_seed, name_of_call
+from pipetrain.seeds import derive_seed, name_of_call, seed_pythons_generators
 from pipetrain.training.optim import build_optimizer, learning_rate, set_learning_rate
 from pipetrain.training.record import Recorder
 
@@ -135,7 +135,7 @@ class PlainModel:
         def before(place: int, name: str) -> None:
             self._place = place
             self._calls.clear()
-            torch.manual_seed(derive_seed(self._seed, step, name, microbatch))
+            _seed_all(derive_seed(self._seed, step, name, microbatch))
 
         for norm in self.batch_norms:
             norm.counts = True
@@ -155,14 +155,14 @@ class PlainModel:
         outputs = []
         for noise in (1, 2):
             hooks = [
-                part.register_forward_hook(lambda *_, noise=noise: torch.manual_seed(noise) and None)
+                part.register_forward_hook(lambda *_, noise=noise: _seed_all(noise))
                 for module in self._body.modules
                 for part in module.modules()
                 if _may_draw(part)
             ]
             self._step, self._microbatch = 0, 0
             self._calls.clear()
-            torch.manual_seed(noise)
+            _seed_all(noise)
             with torch.no_grad():
                 outputs.append(self._body.run(inputs, lambda place, name: None))
             for hook in hooks:
@@ -175,9 +175,14 @@ class PlainModel:
             if self._place in (place, None):  # a module may be part of several
                 self._calls[name] += 1
                 called = name_of_call(name, self._calls[name])
-                torch.manual_seed(derive_seed(self._seed, self._step, called, self._microbatch))
+                _seed_all(derive_seed(self._seed, self._step, called, self._microbatch))
 
         return hook
+
+
+def _seed_all(number: int) -> None:
+    torch.manual_seed(number)
+    seed_pythons_generators(number)
 
 
 def _may_draw(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec
 
+from pipetrain.engine.attributes import OwnAttributes
 from pipetrain.engine.buffers import OwnBuffers
 from pipetrain.engine.structure import flatten, without_gaps
 from pipetrain.errors import LayerError
@@ -42,21 +43,22 @@ class LayerGraph:
         """Whether no gradient can flow through."""
         return not self._edges
 
-    def backward(self, gradients: dict[int, Tensor]) -> list[Tensor]:
+    def backward(self, gradients: dict[int, Tensor]) -> list[Tensor | None]:
         """Adds to the `.grad` of the layer's parameters.
 
         Args:
-            gradients: of those outputs that somebody uses, by their place. One that depends on nothing is not needed.
+            gradients: of those outputs that the loss depends on, by their place. One that depends on nothing is not
+                needed.
 
         Returns:
-            One gradient for each input that wanted one; zeros where the outputs do not depend on it.
+            One gradient for each input that wanted one; None where these outputs do not depend on it.
         """
         wanted = [place for place in gradients if place in self._edges]
         if wanted:
             edges = [self._edges[place] for place in wanted]
             torch.autograd.backward(edges, [gradients[place] for place in wanted])
         self._edges = {}
-        return [torch.zeros_like(x) if x.grad is None else x.grad for x in self._inputs]
+        return [x.grad for x in self._inputs]
 
 
 class Layer:
@@ -74,7 +76,7 @@ class Layer:
         """
         self.name = name
         self.module = module
-        self.buffers = OwnBuffers(module)
+        self.own_state = [own for own in (OwnBuffers(module), OwnAttributes(module)) if own]
         self._changed_inputs: dict[bool, frozenset[int]] = {}  # by place, in training and in evaluation
         self._prefix = prefix
 
@@ -110,13 +112,15 @@ class Layer:
         return [out.detach() if isinstance(out, Tensor) else out for out in outputs], spec, graph
 
     def _run(self, inputs: Sequence[Any], arrange: Arrange) -> tuple[list[Any], TreeSpec]:
-        copied = range(len(inputs)) if self.changed_inputs is None else self.changed_inputs
+        originals, copied = inputs, range(len(inputs)) if self.changed_inputs is None else self.changed_inputs
         if copied:
             inputs = [x.clone() if p in copied and isinstance(x, Tensor) else x for p, x in enumerate(inputs)]
         tensors = [(place, x, x._version) for place, x in enumerate(inputs) if isinstance(x, Tensor)]
         leaves, spec = flatten(self.module(*arrange(inputs)))
         changed = frozenset(place for place, x, version in tensors if x._version != version)
         if self.changed_inputs is None:
+            # Changes through `.data` leave no version behind, but here there are copies to compare.
+            changed |= {place for place, x, _ in tensors if not torch.equal(x, originals[place])}
             self._changed_inputs[self.module.training] = changed
         elif not changed <= self.changed_inputs:
             raise LayerError(f"layer {self.name} changed an input in place, which it did not do the first time")

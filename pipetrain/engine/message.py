@@ -32,6 +32,10 @@ class Wire:
         """A buffer to receive it in."""
         return torch.empty(self.numel, dtype=self.dtype, device=device)
 
+    def zeros(self, device: torch.device) -> Tensor:
+        """The message when there is nothing to say."""
+        return torch.zeros(self.numel, dtype=self.dtype, device=device)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -65,25 +69,30 @@ class Layout:
         return Wire(size, torch.uint8) if size else None
 
     def pack(self, values: Values, device: torch.device) -> Tensor | None:
-        """The message.
+        """The message. Tensors that are missing travel as zeros: see `missing`.
 
         Raises:
             RuntimeError: if a tensor is not what the layout says.
         """
         for value, kind in self.parts:
-            if isinstance(kind, TensorSpec) and not same_kind(values[value], kind):
+            if value in values and isinstance(kind, TensorSpec) and not same_kind(values[value], kind):
                 raise RuntimeError(f"a value of layer {value[0]} is {tuple(values[value].shape)}, not {kind.shape}")
-        if self._is_one_tensor:
-            value, spec = self._travelling[0]
-            return flat(spec.conform(values[value])) if spec.numel else None
         if self.wire is None:
             return None
-        buffer, start = self.wire.empty(device), 0
+        if self._is_one_tensor and self._travelling[0][0] in values:
+            value, spec = self._travelling[0]
+            return flat(spec.conform(values[value]))
+        buffer, start = self.wire.zeros(device) if self.missing(values) else self.wire.empty(device), 0
         for value, spec in self._travelling:
-            tensor = _bits_of(values[value]) if value in self._numbers else values[value]
-            _part(buffer, start, spec).copy_(flat(spec.conform(tensor)))
+            if value in values:
+                tensor = _bits_of(values[value]) if value in self._numbers else values[value]
+                _part(buffer, start, spec).copy_(flat(spec.conform(tensor)))
             start += _padded(spec.num_bytes)
         return buffer
+
+    def missing(self, values: Values) -> frozenset[int]:
+        """The places of the parts that are not among the values: gradients that do not exist."""
+        return frozenset(place for place, (value, _) in enumerate(self.parts) if value not in values)
 
     def unpack(self, message: Tensor | None, device: torch.device) -> Values:
         """The values of a message; a device among them becomes that of the receiver."""

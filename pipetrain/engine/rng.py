@@ -4,6 +4,8 @@ Before a layer runs, the device's generator is seeded from (run seed, step, laye
 of a module in it that may draw, once more, from the module's name in the unsplit model (and the number of the call,
 where a module is called several times). A recompute seeds the same way, so it sees the same dropout mask; a stage more
 or less changes nothing; and a plain loop over the unsplit model that seeds at the same places draws the same numbers.
+
+Modules that are not torch's own may also draw from Python's `random` and numpy's global generator: see `seeds`.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 from pipetrain.errors import LayerError
-from pipetrain.seeds import derive_seed, name_of_call
+from pipetrain.seeds import derive_seed, name_of_call, pythons_generators_preserved, seed_pythons_generators
 
 _DRAWING = (
     nn.modules.dropout._DropoutNd,
@@ -26,7 +28,7 @@ _DRAWING = (
 
 
 class LayerRandomness:
-    """Seeds the generator that the layers of one device draw from."""
+    """Seeds the generators that the layers of one device draw from."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.device = device
@@ -47,6 +49,8 @@ class LayerRandomness:
                 self._watch_one(part, full_name(local))
 
     def _watch_one(self, part: nn.Module, name: str) -> None:
+        is_torchs_own = _is_torchs_own(part)
+
         def seed(module: nn.Module, args: object) -> None:
             if module.training:
                 call = self._calls[name] = self._calls.get(name, 0) + 1
@@ -58,7 +62,7 @@ class LayerRandomness:
                         "repeated; leave the checkpoint out and use recompute=always, or give each call a module"
                     )
                 step, microbatch = self._now
-                self._generator.manual_seed(derive_seed(self._seed, step, name_of_call(name, call), microbatch))
+                self._seed_with(derive_seed(self._seed, step, name_of_call(name, call), microbatch), is_torchs_own)
 
         part.register_forward_pre_hook(seed)
 
@@ -67,7 +71,12 @@ class LayerRandomness:
         self._now = (step, microbatch)
         self._calls.clear()
         self._in_backward = False
-        self._generator.manual_seed(derive_seed(self._seed, step, layer, microbatch))
+        self._seed_with(derive_seed(self._seed, step, layer, microbatch), torch_only=False)
+
+    def _seed_with(self, number: int, torch_only: bool) -> None:
+        self._generator.manual_seed(number)
+        if not torch_only:
+            seed_pythons_generators(number)
 
     def before_backward(self, step: int, microbatch: int) -> None:
         """For modules that run again in a backward (torch.utils.checkpoint): they draw what they drew before."""
@@ -77,10 +86,11 @@ class LayerRandomness:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Gives the generator back as it was: the engine leaves no trace in the user's randomness."""
+        """Gives the generators back as they were: the engine leaves no trace in the user's randomness."""
         state = self._generator.get_state()
         try:
-            yield
+            with pythons_generators_preserved():
+                yield
         finally:
             self._generator.set_state(state)
 
@@ -89,5 +99,8 @@ def _may_draw(part: nn.Module) -> bool:
     """torch's own modules are known; of others, those without parts: whatever they do, they do themselves."""
     if isinstance(part, _DRAWING):
         return True
-    is_torchs_own = type(part).__module__.startswith("torch.nn.")
-    return not is_torchs_own and next(part.children(), None) is None
+    return not _is_torchs_own(part) and next(part.children(), None) is None
+
+
+def _is_torchs_own(part: nn.Module) -> bool:
+    return type(part).__module__.startswith("torch.nn.")

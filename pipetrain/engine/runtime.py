@@ -17,17 +17,17 @@ from torch import Tensor
 
 from pipetrain.engine.clock import clock_for
 from pipetrain.engine.loss import Tensors
-from pipetrain.engine.message import Values
+from pipetrain.engine.message import Layout, Values
 from pipetrain.engine.microbatch import split
 from pipetrain.engine.report import Reporter, StepReport
 from pipetrain.engine.stage import Stage
 from pipetrain.engine.structure import decode, encode, key_of
 from pipetrain.engine.tied import Tie, followers, share_memory, sum_gradients
 from pipetrain.engine.transport import Posted, Sent, Transport
-from pipetrain.errors import StageFailed
+from pipetrain.errors import LayerError, StageFailed
 from pipetrain.schedule import BATCH, Action, Kind, Schedule, Span
 
-_KEY_TAG, _STRUCTURE_TAG = 1 << 20, 1 << 21
+_KEY_TAG, _STRUCTURE_TAG, _MISSING_TAG = 1 << 20, 1 << 21, 1 << 22
 # A forward or backward of (stage, peer, micro-batch), seen from the stage.
 _Message = tuple[Kind, int, int, int]
 
@@ -78,6 +78,8 @@ class Runtime:
         self._reporter = Reporter(stages, num_stages, ties, transport, device, memory_bytes)
         self._told: set[tuple[int, int, int]] = set()
         self._heard: set[tuple[int, int, int]] = set()
+        self._missing: dict[tuple[int, int, int], frozenset[int]] = {}  # see `_without_missing`
+        self._told_missing: set[tuple[int, int, int]] = set()
         self._do: dict[Kind, Callable[[Action], None]] = {
             Kind.FORWARD: self._forward,
             Kind.RECOMPUTE: self._recompute,
@@ -85,7 +87,7 @@ class Runtime:
             Kind.UPDATE: self._update,
             Kind.SEND_FORWARD: self._send_forward,
             Kind.RECEIVE_FORWARD: self._receive_forward,
-            Kind.SEND_BACKWARD: partial(self._send, Kind.BACKWARD),
+            Kind.SEND_BACKWARD: self._send_backward,
             Kind.RECEIVE_BACKWARD: partial(self._receive, Kind.BACKWARD),
         }
 
@@ -262,6 +264,8 @@ class Runtime:
         """Packs what a forward or backward has made for other stages."""
         for to in self._program.schedule.destinations(kind, s):
             layout = self.stages[s].wiring.layout(kind, key, s, to)
+            if kind is Kind.BACKWARD:
+                self._note_missing(s, to, key, layout, values)
             self._ready[kind, s, to, m] = layout.pack(values, self.device)
 
     def _collect(self, kind: Kind, s: int, m: int, key: int) -> Values:
@@ -275,7 +279,9 @@ class Runtime:
             else:
                 posted = self._posted.pop((kind, s, source, m), None)
                 message = None if posted is None else posted.wait()
-            values |= wiring.layout(kind, key, source, s).unpack(message, self.device)
+            layout = wiring.layout(kind, key, source, s)
+            found = layout.unpack(message, self.device)
+            values |= found if kind is Kind.FORWARD else self._without_missing(source, s, key, layout, found)
         return values
 
     def _send(self, kind: Kind, action: Action) -> None:
@@ -311,6 +317,35 @@ class Runtime:
             data = self.transport.hear(torch.empty(size, dtype=torch.uint8), rank, tag)
             self.stages[s].wiring.learn(key, decode(data))
         self._receive(Kind.FORWARD, action)
+
+    def _send_backward(self, action: Action) -> None:
+        """With the first message of a kind goes which of its gradients do not exist."""
+        s, to, key = action.stage, action.peer, self._keys[action.microbatch]
+        layout = self.stages[s].wiring.layout(Kind.BACKWARD, key, s, to)
+        if (s, to, key) not in self._told_missing and layout.parts:
+            self._told_missing.add((s, to, key))
+            missing = torch.tensor([place in self._missing[s, to, key] for place in range(len(layout.parts))])
+            self._told_now.append(self.transport.tell(missing.to(torch.uint8), self._rank_of(to), _MISSING_TAG + s))
+        self._send(Kind.BACKWARD, action)
+
+    def _note_missing(self, s: int, to: int, key: int, layout: Layout, values: Values) -> None:
+        missing = layout.missing(values)
+        if first := self._missing.setdefault((s, to, key), missing) - missing:
+            name = self.stages[s].wiring.name(layout.parts[min(first)][0][0])
+            raise LayerError(
+                f"the loss depends on the output of layer {name} now, but did not in the first micro-batch of this "
+                "shape; let a gradient pass there always or never"
+            )
+
+    def _without_missing(self, source: int, s: int, key: int, layout: Layout, values: Values) -> Values:
+        """Only gradients that exist. The others travel as zeros: sizes must not differ between micro-batches."""
+        if (source, s, key) not in self._missing and layout.parts:
+            like = torch.zeros(len(layout.parts), dtype=torch.uint8)
+            told = self.transport.hear(like, self._rank_of(source), _MISSING_TAG + source)
+            self._missing[source, s, key] = frozenset(place for place, is_missing in enumerate(told) if is_missing)
+        for place in self._missing.get((source, s, key), ()):
+            del values[layout.parts[place][0]]
+        return values
 
     def _rank_of(self, stage: int) -> int:
         return self._program.schedule.placement[stage]

@@ -1,7 +1,7 @@
 """One stage: its layers, and what it keeps of the micro-batches in flight."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import TreeSpec
 
 from pipetrain.engine.batchnorm import MiniBatchStatistics
-from pipetrain.engine.buffers import SavedBuffers
 from pipetrain.engine.layer import Layer, LayerGraph
 from pipetrain.engine.loss import Loss, LossSum, Tensors
 from pipetrain.engine.message import ValueId, Values
@@ -25,12 +24,12 @@ from pipetrain.schedule import Dataflow
 
 @dataclass
 class _InFlight:
-    """A micro-batch between its forward and its backward. `inputs` and `buffers` are for a recompute to start from."""
+    """A micro-batch between its forward and its backward. `inputs` and `own` are for a recompute to start from."""
 
     key: int
     targets: Tensors
     inputs: Values = field(default_factory=dict)
-    buffers: dict[int, SavedBuffers] = field(default_factory=dict)
+    own: dict[int, list[list[Any]]] = field(default_factory=dict)  # what each layer changed in itself, as it was
     graphs: list[tuple[int, Inputs, LayerGraph]] = field(default_factory=list)
     dead_ends: list[int] = field(default_factory=list)  # layers that get gradients and cannot pass them on
 
@@ -156,16 +155,18 @@ class Stage:
         state = self._in_flight[microbatch]
         self._count_statistics(None)
         self._run(microbatch, state.inputs, state, with_graph=True, again=True)
-        state.inputs, state.buffers = {}, {}
+        state.inputs, state.own = {}, {}
 
     def backward(self, microbatch: int, gradients: Values) -> Values:
         """Runs all layers backwards, adding to the `.grad` of their parameters.
 
         Args:
-            gradients: of the values that others used, as summed so far; on the last stage that of the loss sum.
+            gradients: of the values that others used, as summed so far, where there are any; on the last stage that
+                of the loss sum.
 
         Returns:
-            The gradients, as summed so far, of the values that came from other stages.
+            The gradients, as summed so far, of the values that came from other stages. A value that the loss does not
+            depend on has none: behind a `detach` plain PyTorch leaves `.grad` None, and optimizers heed that.
         """
         graphs = self._in_flight.pop(microbatch).graphs
         self._count_statistics(None)
@@ -174,7 +175,8 @@ class Stage:
             self.random.before_backward(self.step, microbatch)
             own = {leaf: gradients.pop((layer, leaf)) for layer, leaf in list(gradients) if layer == number}
             for value, share in zip(inputs.wanting_gradients, graph.backward(own), strict=True):
-                gradients[value] = gradients[value] + share if value in gradients else share
+                if share is not None:
+                    gradients[value] = gradients[value] + share if value in gradients else share
         return gradients
 
     def loss_of(self, values: Values) -> Tensor:
@@ -235,7 +237,7 @@ class Stage:
                 self.random.before(layer.name, self.step, microbatch)
                 wired = self.wiring.inputs(key, number)
                 taken = [values[value] for value in wired.values]
-                with self._own_buffers(layer, number, state, again):
+                with self._own_state(layer, number, state, again):
                     if with_graph:
                         leaves, spec, graph = layer.forward_with_graph(taken, wired.arrange, wired.needs_grad)
                         if keep_graph:
@@ -252,11 +254,13 @@ class Stage:
                     look(number - self._first, leaves)
         return values
 
-    def _own_buffers(self, layer: Layer, number: int, state: _InFlight, again: bool) -> AbstractContextManager[object]:
-        if not layer.buffers or not layer.module.training:
-            return nullcontext()
-        saved = state.buffers.setdefault(number, [])
-        return layer.buffers.rewound(saved) if again else layer.buffers.renewed(saved)
+    def _own_state(self, layer: Layer, number: int, state: _InFlight, again: bool) -> AbstractContextManager[object]:
+        stack = ExitStack()
+        if layer.module.training:
+            kept = state.own.setdefault(number, [[] for _ in layer.own_state])
+            for own, saved in zip(layer.own_state, kept, strict=True):
+                stack.enter_context(own.rewound(saved) if again else own.renewed(saved))
+        return stack
 
     def _check_output(
         self,

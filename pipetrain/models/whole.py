@@ -1,12 +1,13 @@
 """The module that a factory makes: its parts are taken from it, then it is dropped."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from pipetrain.seeds import seeded
 
 Factory = Callable[[], Any]
 
@@ -14,7 +15,7 @@ Factory = Callable[[], Any]
 class Whole:
     """The whole module, made when a part of it is asked for and forgotten at `release`.
 
-    Made again it has the same initial values: they come from the seed. The caller's generator is left as it was.
+    Made again it has the same initial values: they come from the seed. The caller's generators are left as they were.
     """
 
     def __init__(self, factory: Callable[[], nn.Module], seed: int) -> None:
@@ -31,14 +32,6 @@ class Whole:
     def release(self) -> None:
         """Forgets the module; the parts that were taken from it live on."""
         self._module = None
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """torch's default generator as `torch.manual_seed(seed)` leaves it, and as it was afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 class WithoutMemory(TorchFunctionMode):

@@ -10,7 +10,7 @@ from torch import nn
 from pipetrain.errors import ConfigError
 from pipetrain.models.recipe import BATCH, LayerRecipe, Recipe
 from pipetrain.schedule import Dataflow, Take
-from pipetrain.seeds import derive_seed
+from pipetrain.seeds import derive_seed, seeded
 from pipetrain.suggest import did_you_mean
 
 
@@ -60,9 +60,8 @@ def take_stage(
 
 
 def build_layer(layer: LayerRecipe, seed: int) -> nn.Module:
-    """One layer with the initial weights that (seed, name) gives it; the caller's generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed, "init", layer.name))
+    """One layer with the initial weights that (seed, name) gives it; the caller's generators are left alone."""
+    with seeded(derive_seed(seed, "init", layer.name)):
         return layer.build()
 
 
