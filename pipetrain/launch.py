@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from typing import Any
 import torch
 
 from pipetrain import rules
-from pipetrain.config import AnythingConfig, Config, TextConfig, num_microbatches
+from pipetrain.config import AnythingConfig, Config, SyntheticConfig, TextConfig, num_microbatches
 from pipetrain.data.text import TokenFolder, prepare_text
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit, PipetrainError
-from pipetrain.models import Recipe, try_out
+from pipetrain.models import DoesNotFit, Recipe, try_out
 from pipetrain.paths import RunPaths
 from pipetrain.processes import Ended, run_workers
 from pipetrain.torchrun import Place
@@ -112,9 +113,7 @@ def prepare(
         except ConfigError as error:
             raise ConfigError(f"{error}; or train without evaluation: eval.every=0") from error
     recipe = build_recipe(cfg, tokens)
-    rules.check_model(cfg, len(recipe.layers), len(devices))
-    if isinstance(cfg.model, AnythingConfig):
-        _try_out(cfg, recipe, tokens)
+    _check_model(cfg, recipe, tokens, len(devices))
     job = Job(cfg, run, tokens, devices, found)
     if saved is not None and isinstance(cfg.data, TextConfig) and saved.data != job.data_id:
         raise ConfigError(
@@ -127,6 +126,21 @@ def prepare(
     return job
 
 
+def _check_model(cfg: Config, recipe: Recipe, tokens: TokenFolder | None, num_stages: int) -> None:
+    """Everything that is wrong between the model, the data and the devices; whether it runs at all comes first."""
+    checks = [partial(rules.check_model, cfg, len(recipe.layers), num_stages)]
+    if isinstance(cfg.model, AnythingConfig):
+        checks.insert(0, partial(_try_out, cfg, recipe, tokens))
+    problems: list[ConfigError] = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems.append(error)
+    if problems:
+        raise ConfigError("\n".join(map(str, problems))) from problems[0].__cause__
+
+
 def _try_out(cfg: Config, recipe: Recipe, tokens: TokenFolder | None) -> None:
     """The first rows of the first batch, as many as the smallest micro-batch has."""
     rows = cfg.batch_size // num_microbatches(cfg)
@@ -134,9 +148,22 @@ def _try_out(cfg: Config, recipe: Recipe, tokens: TokenFolder | None) -> None:
     try:
         try_out(recipe, (inputs[:rows],), (targets[:rows],))
     except ConfigError as error:
+        remedy = _remedy(cfg, str(error)) if isinstance(error, DoesNotFit) else ""
         raise ConfigError(
-            f"model={cfg.model.name}, a micro-batch of {rows} from data={cfg.data.name}: {error}"
-        ) from error
+            f"model={cfg.model.name}, a micro-batch of {rows} from data={cfg.data.name}: {error}{remedy}"
+        ) from error.__cause__
+
+
+def _remedy(cfg: Config, failure: str) -> str:
+    """What to type where a layer cannot take what the data give."""
+    fewer = "; BatchNorm needs more samples in a micro-batch, as with micro_batches=1" if "1 value" in failure else ""
+    if isinstance(cfg.data, SyntheticConfig):
+        shape = ",".join(map(str, cfg.data.shape))
+        return f"; if the module takes other sizes than data.shape=[{shape}], type them: data.shape=[3,224,224]{fewer}"
+    return (
+        "; if the module takes samples of another length, type another data.seq_len; if it takes none of token "
+        f"numbers, data=synthetic 'data.shape=[3,224,224]'{fewer}"
+    )
 
 
 def _prepare_text(data: TextConfig) -> TokenFolder:

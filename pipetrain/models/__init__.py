@@ -7,7 +7,7 @@ from pipetrain.models.amoebanet import amoebanet
 from pipetrain.models.anything import anything
 from pipetrain.models.recipe import BATCH, LayerRecipe, Recipe, Value
 from pipetrain.models.transformer import transformer
-from pipetrain.models.tryout import try_out
+from pipetrain.models.tryout import DoesNotFit, try_out
 
 MODELS: dict[str, Callable[..., Recipe]] = {
     "amoebanet": amoebanet,
@@ -21,4 +21,4 @@ def build(name: str, **settings: Any) -> Recipe:
     return MODELS[name](**settings)
 
 
-__all__ = ["BATCH", "MODELS", "LayerRecipe", "Recipe", "Value", "build", "try_out"]
+__all__ = ["BATCH", "MODELS", "DoesNotFit", "LayerRecipe", "Recipe", "Value", "build", "try_out"]

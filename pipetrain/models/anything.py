@@ -14,7 +14,8 @@ from pipetrain.models.imports import import_object, shown
 from pipetrain.models.losses import find_loss
 from pipetrain.models.recipe import Recipe
 from pipetrain.models.vision import import_torchvision
-from pipetrain.models.whole import Whole, WithoutMemory, seeded
+from pipetrain.models.whole import Whole, WithoutMemory
+from pipetrain.seeds import seeded
 from pipetrain.suggest import did_you_mean
 
 
@@ -65,15 +66,12 @@ def _make(factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:
     Raises:
         ConfigError: if it raises, or gives something else than modules.
     """
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    _check_arguments(factory, arguments, given)
     try:
         made = factory(**arguments)
     except Exception as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        try:
-            takes = f"; it takes {inspect.signature(factory)}" if isinstance(error, TypeError) else ""
-        except (TypeError, ValueError):
-            takes = ""
-        raise ConfigError(f"it cannot be called with ({given}): {shown(error)}{takes}") from error
+        raise ConfigError(f"calling it with ({given}) raised {shown(error)}") from error
     blocks = list(made) if isinstance(made, list | tuple) else [made]
     wrong = [block for block in blocks if not isinstance(block, nn.Module)]
     if wrong or not blocks:
@@ -81,6 +79,19 @@ def _make(factory: Callable[..., Any], arguments: dict[str, Any]) -> nn.Module:
         raise ConfigError(f"it gives {what}; it must give an nn.Module or a list of them")
     module = nn.Sequential(*blocks) if isinstance(made, list | tuple) else made
     return module.train()  # as every training loop does; a module may keep some of its parts in evaluation
+
+
+def _check_arguments(factory: Callable[..., Any], arguments: dict[str, Any], given: str) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # some of what is written in C has none
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"it cannot be called with ({given}): {error}; it takes {signature}, and model.arguments are what it gets"
+        ) from error
 
 
 def _without_memory(make: Callable[[], nn.Module], seed: int) -> nn.Module:

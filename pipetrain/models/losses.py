@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pipetrain.errors import ConfigError
 from pipetrain.models.imports import import_object
@@ -100,5 +102,12 @@ class _Own:
             raise ConfigError(
                 f"model.loss={self._name} returns {shown}; it must return one number, the sum of the loss over the "
                 "samples, such as F.cross_entropy(output, target, reduction='sum')"
+            )
+        trained = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output))
+        if torch.is_grad_enabled() and trained and not loss.requires_grad:
+            raise ConfigError(
+                f"model.loss={self._name} returns a number that no gradient flows back from, so nothing would be "
+                "trained; compute it from the output by differentiable operations, without .detach(), .item(), argmax "
+                "or torch.no_grad()"
             )
         return loss

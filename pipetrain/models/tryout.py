@@ -10,29 +10,40 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pipetrain.errors import ConfigError
 from pipetrain.models.imports import shown
 from pipetrain.models.recipe import BATCH, Recipe, Tensors, Value
-from pipetrain.models.whole import WithoutMemory, seeded
+from pipetrain.models.whole import WithoutMemory
+from pipetrain.seeds import seeded
 
 _LARGEST_COMPARED = 1 << 26  # elements
+
+
+class DoesNotFit(ConfigError):
+    """A layer cannot take what the data, or the layers before it, give."""
 
 
 class _Failed(Exception):
     """What went wrong, in words; the cause is the exception of the model."""
 
+    def __init__(self, message: str, kind: type[ConfigError] = ConfigError) -> None:
+        super().__init__(message)
+        self.kind = kind
+
 
 def try_out(recipe: Recipe, inputs: Tensors, targets: Tensors) -> None:
     """Runs the layers and the loss on one micro-batch.
 
-    On tensors without values, which takes neither memory nor time. A model that looks at values cannot run so: it is
-    let pass. Any other failure is only believed when it happens with values, too.
+    The layers on tensors without values, which takes neither memory nor time. A model that looks at values cannot run
+    so: it is let pass. Any other failure is only believed when it happens with values, too.
 
     Raises:
-        ConfigError: naming the first layer that fails, the loss, or the layer behind which no gradient is left.
+        DoesNotFit: naming the first layer that fails.
+        ConfigError: naming the loss that fails, or the layer behind which no gradient is left.
     """
     try:
         with seeded(0), WithoutMemory():
             layers = _built(recipe, "meta")
         with torch.device("meta"):
-            _run(recipe, layers, *(tree_map(lambda t: t.to("meta"), tensors) for tensors in (inputs, targets)))
+            output, ends_at = _run(recipe, layers, tuple(tensor.to("meta") for tensor in inputs))
+        _run_loss(recipe, tree_map(_with_values, output), targets, ends_at)
     except Exception as error:
         cause = error.__cause__ or error
         if isinstance(cause, NotImplementedError) or "meta" in str(cause).lower():
@@ -41,9 +52,16 @@ def try_out(recipe: Recipe, inputs: Tensors, targets: Tensors) -> None:
         return
     try:
         with seeded(0):
-            _run(recipe, _built(recipe, "cpu"), inputs, targets)
+            output, ends_at = _run(recipe, _built(recipe, "cpu"), inputs)
+            _run_loss(recipe, output, targets, ends_at)
     except _Failed as error:
-        raise ConfigError(str(error)) from error.__cause__
+        raise error.kind(str(error)) from error.__cause__
+
+
+def _with_values(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.zeros(value.shape, dtype=value.dtype, requires_grad=value.requires_grad).clone()
 
 
 def _built(recipe: Recipe, device: str) -> list[nn.Module]:
@@ -53,7 +71,8 @@ def _built(recipe: Recipe, device: str) -> list[nn.Module]:
         recipe.release()
 
 
-def _run(recipe: Recipe, layers: list[nn.Module], inputs: Tensors, targets: Tensors) -> None:
+def _run(recipe: Recipe, layers: list[nn.Module], inputs: Tensors) -> tuple[Any, str]:
+    """The model's output, and what is to be said if no gradient comes with it: the layer that ends it."""
     outputs: dict[str, Any] = {BATCH: inputs}
 
     def value(taken: Value) -> tuple[Any, ...]:
@@ -62,7 +81,7 @@ def _run(recipe: Recipe, layers: list[nn.Module], inputs: Tensors, targets: Tens
             return (whole[taken.element],)
         return whole if taken.layer == BATCH else (whole,)
 
-    ends_at, output = "", None
+    ends_at = ""
     for place, (layer, module) in enumerate(zip(recipe.layers, layers, strict=True)):
         arguments = [argument for taken in recipe.taken_by(place) for argument in value(taken)]
         taken_now = [(x, x._version) for x in tree_leaves(arguments) if isinstance(x, Tensor)]
@@ -70,11 +89,16 @@ def _run(recipe: Recipe, layers: list[nn.Module], inputs: Tensors, targets: Tens
             output = outputs[layer.name] = module(*arguments)
         except Exception as error:
             sizes = ", ".join(_shown(argument) for argument in arguments)
-            raise _Failed(f"layer {layer.name} fails on {sizes}: {shown(error)}") from error
+            raise _Failed(f"layer {layer.name} fails on {sizes}: {shown(error)}", DoesNotFit) from error
         for tensor in (x for x, version in taken_now if x._version != version):
             _check_nobody_else_has(tensor, place, recipe, outputs, value)
         if not ends_at and any(p.requires_grad for p in module.parameters()) and not _has_gradient(output):
             ends_at = layer.name
+    ends_at = ends_at or recipe.layers[-1].name
+    return output, f"layer {ends_at} gives nothing that a gradient can flow through ({_shown(outputs[ends_at])})"
+
+
+def _run_loss(recipe: Recipe, output: Any, targets: Tensors, ends_at: str) -> None:
     try:
         loss = recipe.loss_sum(output, targets)
     except ConfigError as error:
@@ -83,11 +107,8 @@ def _run(recipe: Recipe, layers: list[nn.Module], inputs: Tensors, targets: Tens
         sizes = f"{_shown(output)} and targets {', '.join(map(_shown, targets))}"
         raise _Failed(f"the loss fails on the model's output {sizes}: {shown(error)}") from error
     if not loss.requires_grad:
-        raise _Failed(
-            f"layer {ends_at or recipe.layers[-1].name} gives nothing that a gradient can flow through "
-            f"({_shown(outputs[ends_at or recipe.layers[-1].name])}), so the loss trains nothing; "
-            "let it return floating tensors that depend on its parameters"
-        )
+        why = "the loss does not depend on the model's output" if _has_gradient(output) else ends_at
+        raise _Failed(f"{why}, so nothing is trained; let it return floating tensors that depend on the parameters")
 
 
 def _check_nobody_else_has(

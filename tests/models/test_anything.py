@@ -39,12 +39,16 @@ class Branches(Net):
 def build(width=8): return Net(width)
 def blocks(): return [nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 3))]
 def raises(): raise RuntimeError("no luck today")
+def inner(width=8): return Net(width).forward()
 def nothing(): return None
 def half(): return [nn.Linear(4, 8), "relu"]
 number = 3
 
 def loss(output, target): return F.cross_entropy(output, target, reduction="sum")
 def mean_of_each(output, target): return F.cross_entropy(output, target, reduction="none")
+def detached(output, target): return loss(output.detach(), target)
+def as_item(output, target): return torch.tensor(loss(output, target).item())
+def of_argmax(output, target): return (output.argmax(-1) != target).sum().float()
 """
 
 
@@ -123,8 +127,17 @@ def test_a_model_of_torchvision() -> None:
             r"importing raising_models fails: ValueError: half written \(.*raising_models.py:1",
         ),
         ("users_models:number", {}, "is a int, not a function or class"),
-        ("users_models:raises", {}, r"cannot be called with \(\): RuntimeError: no luck today \(.*users_models.py:\d+"),
-        ("users_models:build", {"wide": 3}, r"cannot be called with \(wide=3\).*it takes \(width=8\)"),
+        (
+            "users_models:raises",
+            {},
+            r"calling it with \(\) raised RuntimeError: no luck today \(.*users_models.py:\d+, `",
+        ),
+        ("users_models:inner", {"width": 3}, r"calling it with \(width=3\) raised TypeError: .*users_models.py:\d+, `"),
+        (
+            "users_models:build",
+            {"wide": 3},
+            r"cannot be called with \(wide=3\): got an unexpected .* 'wide'; it takes \(width=8\), and model.arguments",
+        ),
         ("users_models:nothing", {}, "it gives None, a NoneType; it must give an nn.Module or a list"),
         ("users_models:half", {}, "it gives 'relu', a str; it must give"),
         (
@@ -132,7 +145,7 @@ def test_a_model_of_torchvision() -> None:
             {},
             "users_models:Branches: the model cannot be captured.*users_models.py:.*if x.sum",
         ),
-        ("resnet18", {"classes": 3}, "cannot be called with"),
+        ("resnet18", {"classes": 3}, r"calling it with \(classes=3\) raised TypeError: .*unexpected .* 'classes'"),
     ],
 )
 def test_bad_factories_are_explained(factory: str, arguments: dict[str, Any], message: str) -> None:
@@ -230,6 +243,19 @@ def test_the_layer_behind_which_no_gradient_is_left_is_named() -> None:
     with pytest.raises(ConfigError, match=r"layer rounds gives nothing that a gradient.*int64 \[2\]"):
         try_out(made, (X,), (Y,))
     assert made.taken_by(0) == (Value(BATCH),)
+
+
+@pytest.mark.parametrize("name", ["users_models:detached", "users_models:as_item", "users_models:of_argmax"])
+def test_a_loss_that_drops_the_gradient_is_blamed_by_its_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^model.loss={name} returns a number that no gradient flows back from"):
+        try_out(recipe("users_models:build", name), (X,), (Y,))
+    with torch.no_grad():  # an evaluation, or a forward that is recomputed later
+        find_loss(name)[0](torch.randn(2, 3, requires_grad=True), (Y,))
+
+
+def test_a_target_that_the_output_has_no_class_for_is_found() -> None:
+    with pytest.raises(ConfigError, match=r"the loss fails on the model's output float32 \[2, 3\].*IndexError"):
+        try_out(recipe("users_models:build"), (X,), (Y + 5,))
 
 
 def test_a_model_that_looks_at_values_is_let_pass() -> None:

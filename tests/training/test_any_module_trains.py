@@ -49,10 +49,19 @@ class Language(nn.Module):
         return self.head(torch.tanh(self.block(self.embed(ids))))  # type: ignore[no-any-return]
 
 
+class Short(Language):
+    """Takes at most 4 tokens."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.shape[1] > 4:
+            raise ValueError("too long")
+        return super().forward(ids)
+
+
 def images(**changes: Any) -> Config:
     model = AnythingConfig(factory=f"{HERE}:Net", arguments={"width": 6})
     data = SyntheticConfig(shape=[3, 6, 6], classes=4, samples=40)
-    return settings(model=model, data=data, **changes)
+    return settings(**{"model": model, "data": data, **changes})
 
 
 @pytest.mark.parametrize("recompute", ["always", "never"])
@@ -119,3 +128,38 @@ def test_what_cannot_work_is_found_before_a_worker_starts(tmp_path: Path, change
         setattr(cfg, key, value)
     with pytest.raises(ConfigError, match=message):
         prepare(cfg, RunPaths(tmp_path / "run"), num_gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("factory", "shape", "failure"),
+    [
+        ("resnet18", [3, 8, 8], "Expected more than 1 value per channel"),
+        ("alexnet", [3, 8, 8], "Output size is too small"),
+        ("alexnet", [1, 64, 64], r"layer features.0 fails on float32 \[1, 1, 64, 64\].*to have 3 channels"),
+    ],
+)
+def test_images_of_a_wrong_shape_name_the_key_to_change(
+    tmp_path: Path, factory: str, shape: list[int], failure: str
+) -> None:
+    cfg = images(model=AnythingConfig(factory=factory), data=SyntheticConfig(shape=shape), devices=1)
+    told = rf"data.shape=\[{','.join(map(str, shape))}\], type them: data.shape=\[3,224,224\]"
+    with pytest.raises(ConfigError, match=f"{failure}.*{told}"):
+        prepare(cfg, RunPaths(tmp_path / "run"), num_gpus=0)
+
+
+def test_text_of_a_wrong_length_names_the_key_to_change(tmp_path: Path) -> None:
+    tokens_of(tmp_path)
+    text = TextConfig(path=str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "cache"), seq_len=8)
+    cfg = settings(model=AnythingConfig(factory=f"{HERE}:Short"), data=text, devices=1)
+    with pytest.raises(ConfigError, match=r"layer embed fails on int64 \[1, 8\].*type another data.seq_len"):
+        prepare(cfg, RunPaths(tmp_path / "run"), num_gpus=0)
+
+
+def test_too_many_devices_hide_no_other_mistake(tmp_path: Path) -> None:
+    cfg = images(devices=9)
+    cfg.data = SyntheticConfig(shape=[2, 6, 6])
+    with pytest.raises(ConfigError) as caught:
+        prepare(cfg, RunPaths(tmp_path / "run"), num_gpus=0)
+    first, second = str(caught.value).splitlines()
+    assert "layer first fails on float32 [1, 2, 6, 6]" in first  # whether the model runs at all comes first
+    assert "devices=9 makes 9 stages, but the model has only 7 layers" in second
