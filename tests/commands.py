@@ -31,9 +31,10 @@ class Command:
 
     def start(self, *words: str, fault: str | None = None, **options: Any) -> subprocess.Popen[str]:
         program = ["-m", "pipetrain"] if fault is None else [str(TESTS / "drive.py"), fault]
+        cache = [] if "data=synthetic" in words else [f"data.cache_dir={self.cache}"]
         environment = os.environ | {"PYTHONPATH": str(TESTS), **({"FAULT": fault} if fault else {})}
         return subprocess.Popen(
-            [sys.executable, *program, *words, f"data.cache_dir={self.cache}"],
+            [sys.executable, *program, *words, *cache],
             cwd=self.folder,
             env=environment,
             stdout=subprocess.PIPE,

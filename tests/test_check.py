@@ -48,6 +48,16 @@ def test_all_guarantees_hold(command: Command, choice: list[str], holding: int) 
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"all {holding} guarantees hold for this configuration" in done.stdout
     assert rows(done.stdout)["dropout masks", "plain, float64"].endswith("ok")
+
+
+@pytest.mark.dist
+def test_they_hold_for_amoebanet(command: Command) -> None:
+    """BatchNorm, a skip to the last stage, and drop-path that counts the steps in a buffer."""
+    images = ["model=amoebanet_tiny", "data=synthetic", "data.shape=[2,7,9]", "batch_size=8", "micro_batches=3"]
+    drops = ["model.drop_path=0.5", "model.drop_path_steps=2"]
+    done = command("action=check", "devices=2", *images, *drops, "model.filters=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 17 guarantees hold for this configuration" in done.stdout
     assert done.stderr == ""
     assert list(command.folder.iterdir()) == []
 

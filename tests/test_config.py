@@ -255,6 +255,14 @@ def test_micro_batches(batch_size: int, given: int | None, count: int) -> None:
     assert config.num_microbatches(settings(batch_size=batch_size, micro_batches=given, devices=8)) == count
 
 
+@pytest.mark.parametrize(("batch_size", "given", "count"), [(3, None, 1), (16, None, 4), (99, None, 16), (16, 8, 8)])
+def test_micro_batches_of_a_model_with_batchnorm_have_four_samples(
+    batch_size: int, given: int | None, count: int
+) -> None:
+    cfg = settings(batch_size=batch_size, micro_batches=given, **amoebanet())
+    assert config.num_microbatches(cfg) == count
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [AdamConfig(name="adam", betas=[0.5, 0.6]), SgdConfig(name="sgd", momentum=0.9), AdafactorConfig(name="adafactor")],

@@ -1,8 +1,10 @@
 """AmoebaNet: parameter counts of the papers, what its cells and heads compute, and that it pipelines at any cut."""
 
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from pipetrain.config import AmoebaNetConfig
 from pipetrain.errors import ConfigError
 from pipetrain.models import Recipe, build
 from pipetrain.models.amoebanet.cell import Cell
+from pipetrain.models.amoebanet.draw import SHORT, drawing
 from pipetrain.models.amoebanet.droppath import DropPathSchedule
 from pipetrain.models.amoebanet.genotype import AMOEBANET_B, AMOEBANET_D, GENOTYPES
 from pipetrain.models.amoebanet.heads import AuxiliaryHead, Classifier, loss_sum
@@ -23,6 +26,7 @@ from pipetrain.models.amoebanet.operations import OPERATIONS
 from pipetrain.partition.split import build_layer
 from pipetrain.rules import GENOTYPES as GENOTYPES_OF_THE_RULES
 
+DOCS = Path(__file__).parents[2] / "docs"
 CONF = Path(__file__).parents[2] / "conf" / "model"
 NO_DROPS = DropPathSchedule(0.0, 0, 1)
 
@@ -63,27 +67,29 @@ def run(model: Recipe, modules: dict[str, nn.Module], images: Tensor) -> dict[st
     return outputs
 
 
-@pytest.mark.parametrize(
-    ("layers", "filters", "exact", "table"),
-    [
-        (18, 208, 81_505_540, 82e6),
-        (18, 416, 319_024_120, 318e6),
-        (18, 544, 542_734_840, 542e6),
-        (36, 544, 1_055_832_376, 1.05e9),
-        (72, 512, 1_844_858_344, 1.8e9),
-    ],
-)
-def test_parameters_of_gpipes_amoebanet_d(layers: int, filters: int, exact: int, table: float) -> None:
-    """Huang et al. 2019, Table 1. `exact` is what torchgpipe's port has; neither counts the auxiliary head."""
-    assert count_on_meta(of_imagenet(layers=layers, filters=filters, aux_weight=0.0)) == exact
-    assert exact == pytest.approx(table, rel=0.01 if table != 1.8e9 else 0.03)
+# (layers, filters): parameters here, and in Huang et al. 2019, Table 1.
+AMOEBANET_D_SIZES = {
+    (18, 208): (81_505_540, 82e6),
+    (18, 416): (319_024_120, 318e6),
+    (18, 544): (542_734_840, 542e6),
+    (36, 544): (1_055_832_376, 1.05e9),
+    (72, 512): (1_844_858_344, 1.8e9),
+}
+AMOEBANET_B_SIZE = (560_053_608, 557e6)  # (18, 512), ImageNet, section 4
+
+
+@pytest.mark.parametrize(("size", "counts"), AMOEBANET_D_SIZES.items())
+def test_parameters_of_gpipes_amoebanet_d(size: tuple[int, int], counts: tuple[int, float]) -> None:
+    """To the parameter those of torchgpipe's port, without the auxiliary head; Table 1 has two or three digits."""
+    exact, table = counts
+    assert count_on_meta(of_imagenet(layers=size[0], filters=size[1], aux_weight=0.0)) == exact
+    assert exact == pytest.approx(table, rel=0.03 if table == 1.8e9 else 0.007)
 
 
 def test_parameters_of_gpipes_amoebanet_b() -> None:
-    """(18, 512) for ImageNet, 557 million in Huang et al. 2019, section 4."""
     count = count_on_meta(of_imagenet(genotype="B", filters=512, aux_weight=0.0))
-    assert count == 560_053_608
-    assert count == pytest.approx(557e6, rel=0.006)
+    assert count == AMOEBANET_B_SIZE[0]
+    assert count == pytest.approx(AMOEBANET_B_SIZE[1], rel=0.006)
 
 
 def test_the_paper_s_figure_would_give_too_few_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,3 +335,31 @@ def test_the_same_bits_for_every_cut_and_recompute(genotype: str) -> None:
         for kind in ("parameters", "buffers"):
             for name, value in getattr(expected, kind).items():
                 assert torch.equal(getattr(got, kind)[name], value), f"{case}: {name}"
+
+
+def test_the_page_has_the_numbers_and_the_picture_of_the_code() -> None:
+    page = (DOCS / "amoebanet.md").read_text()
+    for size, (count, _) in {**AMOEBANET_D_SIZES, (18, 512): AMOEBANET_B_SIZE}.items():
+        assert f"| ({size[0]}, {size[1]}) | {count:,} |" in page
+    assert (DOCS / "amoebanet.svg").read_text() == drawing(AMOEBANET_D), "run scripts/draw_amoebanet.py"
+
+
+@pytest.mark.parametrize("genotype", GENOTYPES.values(), ids=GENOTYPES)
+def test_the_drawing_has_every_operation_and_every_line(genotype: Any) -> None:
+    root = ElementTree.fromstring(drawing(genotype))
+    words = Counter(text.text for text in root.iter("{http://www.w3.org/2000/svg}text"))
+    paths = list(root.iter("{http://www.w3.org/2000/svg}path"))
+    expected: Counter[str | None] = Counter()
+    lines = 0
+    for kind in (genotype.normal, genotype.reduction):
+        terms = [term for pair in kind.pairs for term in pair]
+        expected.update(SHORT.get(term.operation, term.operation) for term in terms)
+        expected.update(f"+ {state}" for state in range(2, 7))
+        expected["output: concat of " + ", ".join(map(str, kind.concat))] += 1
+        lines += 2 * len(terms) + len(kind.concat)  # into a box and out of it; into the output
+    assert expected <= words
+    assert len(paths) == lines
+    boxes = [rect for rect in root.iter("{http://www.w3.org/2000/svg}rect") if "x" in rect.attrib]
+    corners = [[float(box.attrib[side]) for side in ("x", "y", "width", "height")] for box in boxes]
+    for (x, y, w, h), (x2, y2, w2, h2) in itertools.combinations(corners, 2):
+        assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y, "boxes overlap"
