@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +169,13 @@ def measure(name: str) -> dict[str, Any]:
     result["least_share"] = {stages: least for stages, (_, least) in balances.items()}
     result["balance"] = {stages: balance for stages, (balance, _) in balances.items()}
     loss, gradients = plain(name)
-    largest = max(float(g.abs().max()) for g in gradients.values())
+    largest = _largest(g.abs().max() for g in gradients.values())
     result["error"], result["loss_error"] = {}, {}
     for stages, (balance, _) in balances.items():
         got_loss, got = pipelined(name, balance, torch.float64)
         result["loss_error"][stages] = abs(got_loss - loss) / abs(loss)
-        result["error"][stages] = max(_difference(got.get(n), g) for n, g in gradients.items()) / largest
-        assert gradients.keys() <= got.keys(), gradients.keys() - got.keys()
+        assert gradients.keys() == got.keys(), gradients.keys() ^ got.keys()
+        result["error"][stages] = _largest((got[n] - g).abs().max() for n, g in gradients.items()) / largest
     del gradients, got
     one_loss, one = pipelined(name, (len(parameters),), torch.float32)
     result["same_bits"] = {}
@@ -185,14 +185,15 @@ def measure(name: str) -> dict[str, Any]:
     return result | {"seconds": round(time.time() - started, 1)}
 
 
-def _difference(a: Tensor | None, b: Tensor) -> float:
-    return float((b if a is None else a - b).abs().max())
+def _largest(values: Iterable[Tensor]) -> float:
+    """NaN if one is."""
+    return float(torch.stack(list(values)).max())
 
 
 def is_equal(result: dict[str, Any]) -> bool:
     return (
         "error" in result
-        and max(*result["error"].values(), *result["loss_error"].values()) <= WANTED_ERROR
+        and all(error <= WANTED_ERROR for error in (*result["error"].values(), *result["loss_error"].values()))
         and all(result["same_bits"].values())
         and min(result["least_share"].values()) >= LEAST_SHARE
     )

@@ -19,16 +19,6 @@ from torch import Tensor
 pytestmark = pytest.mark.dist
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def command(tmp_path: Path, cache: Path) -> Command:
-    return Command(tmp_path, cache)
-
-
 def weights(run: Path) -> dict[str, Tensor]:
     newest = max((run / "checkpoints").glob("step_*"))
     tensors: dict[str, Tensor] = {}

@@ -37,8 +37,9 @@ def test_the_page_counts_equal_models_and_says_why_others_are_not() -> None:
     wrong = good | {"model": "wrong", "error": {"2": 1e-3, "4": 0.0}}
     split = good | {"model": "split", "same_bits": {"2": True, "4": False}}
     small = good | {"model": "small", "least_share": {"2": 0.3, "4": 0.05}}
+    nan = good | {"model": "nan", "error": {"2": 0.0, "4": float("nan")}}
     failed = {"model": "failed", "side": 32, "failed": "ConfigError: cannot be captured"}
-    text = page([good, wrong, split, small, failed])
-    assert "**1 of 5 are equal**" in text
+    text = page([good, wrong, split, small, nan, failed])
+    assert "**1 of 6 are equal**" in text
     assert "| good | 5.0 M | 32 | 9 | 2 | 30% / 20% | 0e+00 / 1e-15 | same |" in text
     assert "| failed | 0.0 M | 32 | | | | ConfigError: cannot be captured | |" in text
