@@ -211,7 +211,8 @@ class MiniBatchNorm:
 
     def _look(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if module.training and self.counts:
-            self._seen.append((arguments[0] if arguments else keywords["input"]).detach())
+            # A copy: what comes behind may change it in place.
+            self._seen.append((arguments[0] if arguments else keywords["input"]).detach().clone())
 
     @torch.no_grad()
     def end_of_step(self, num_steps: int) -> None:

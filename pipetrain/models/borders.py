@@ -110,7 +110,7 @@ def _crossing(slots: Sequence[Slot]) -> list[int]:
 def closed_places(root: nn.Module, slots: Sequence[Slot]) -> set[int]:
     """The places at which a border would change the result.
 
-    * Between two calls of a module whose buffers change: both must see the same buffers.
+    * Between two calls of a module whose buffers change, or a call and a read of one: both must see the same buffers.
     * Between the making of a value and an operation that changes it in place, when the old name is read again later:
       on another stage the reader would have a copy from before the change.
     """
@@ -143,16 +143,21 @@ def _closed_by_change(
 
 
 def _calls_with_state(root: nn.Module, slots: Sequence[Slot]) -> list[tuple[int, int]]:
-    """(first, last) call of every module that holds a buffer that is saved, if there are several."""
-    calls: dict[str, list[int]] = {}
+    """(first, last) use of every module that must stay whole, if there are several: calls, and reads of its buffers."""
+    uses: dict[str, list[int]] = {}
     for i, slot in enumerate(slots):
         for node in slot.there:
             if node.op == "call_module":
-                calls.setdefault(str(node.target), []).append(i)
+                uses.setdefault(str(node.target), []).append(i)
+    for i, slot in enumerate(slots):
+        for path in (str(s.target) for node in slot.there for s in node.all_input_nodes if s.op == "get_attr"):
+            if not path.startswith("_tensor_constant") and not _is_parameter(root, path):
+                for module in (module for module in uses if path.startswith(f"{module}.")):
+                    uses[module].append(i)
     return [
-        (places[0], places[-1])
-        for path, places in calls.items()
-        if places[0] < places[-1] and must_stay_whole(root.get_submodule(path))
+        (min(places), max(places))
+        for path, places in uses.items()
+        if min(places) < max(places) and must_stay_whole(root.get_submodule(path))
     ]
 
 

@@ -151,7 +151,8 @@ class _Cutter:
         self._outputs = [next(iter(graph.find_nodes(op="output"))) for graph in self._graphs]
         self._last_use = last_uses(self._slots)
         self._calls = number_calls(self._slots)
-        self._naming = Naming(root)
+        called = {str(node.target) for slot in self._slots for node in slot.there if node.op == "call_module"}
+        self._naming = Naming(root, called)
         self._saved = set(root.state_dict())
         self._value: dict[int, Value] = {}  # of every slot that later layers take
         self._names: set[str] = {BATCH}

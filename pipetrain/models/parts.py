@@ -6,7 +6,7 @@ is the first one in its layer, is the part `path@k`, so that every use has a nam
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -37,9 +37,15 @@ def number_calls(slots: Sequence[Slot]) -> dict[int, int]:
 class Naming:
     """Gives names to the parts of one layer after the other."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, called: Iterable[str]) -> None:
+        """
+        Args:
+            called: paths of the modules that are called in any layer. What is theirs has its plain name there, also
+                where an earlier layer fetches a parameter of one.
+        """
         self._root = root
         self._given: set[str] = set()  # full names of parameters and buffers
+        self._of_calls = {name for path in called for name in self._state(path, path)}
 
     def of_layer(self, first_call: Mapping[str, int], fetched: Sequence[str]) -> Parts:
         """Names for the parts of the next layer.
@@ -56,7 +62,8 @@ class Naming:
                 parts[path] = parts[holder] + path.removeprefix(holder)
                 continue
             k = wanted[path]
-            while not (names := self._state(path, at(path, k))).isdisjoint(self._given):
+            taken = self._given if path in first_call else self._given | self._of_calls
+            while not (names := self._state(path, at(path, k))).isdisjoint(taken):
                 k += 1
             self._given |= names
             parts[path] = at(path, k)

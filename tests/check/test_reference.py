@@ -234,3 +234,19 @@ def test_draws_between_the_modules_are_found() -> None:
     x = torch.randn(6, 4, dtype=torch.float64)
     for draws in (True, False):
         assert PlainModel(recipe_of_module(draws), 0, CPU).draws_outside_of_modules((x,)) is draws
+
+
+def test_statistics_are_of_what_batch_norm_saw_and_not_of_what_it_became() -> None:
+    class ChangedBehind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x) + x.mul_(5)  # type: ignore[no-any-return]
+
+    model = PlainModel(recipe_of(LayerRecipe("layer", ChangedBehind)), 0, CPU)
+    x = torch.randn(4, 3, dtype=torch.float64) + 2
+    model.forward((x.clone(),), 0, 0)
+    model.batch_norms[0].end_of_step(1)
+    torch.testing.assert_close(model.buffers()["layer.norm.running_mean"], 0.1 * x.mean(0))

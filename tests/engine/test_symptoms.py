@@ -14,6 +14,8 @@ from pipetrain import Pipeline, schedule
 from pipetrain.engine.local import LocalTransport, run_ranks
 from pipetrain.engine.report import StepReport
 from pipetrain.models import LayerRecipe, Recipe, Value
+from pipetrain.models.capture import capture
+from pipetrain.models.whole import Whole
 from pipetrain.partition.split import take_stage
 
 CPU = torch.device("cpu")
@@ -207,6 +209,48 @@ def test_a_short_last_batch_or_a_longer_sequence_needs_a_restart() -> None:
     one = train(recipe, (3,), batches, num_microbatches=3)
     for balance in every_cut(3):
         assert_same(train(recipe, balance, batches, num_microbatches=3), one, balance)
+
+
+def test_the_tracer_fails_on_real_models() -> None:
+    """Options, checks, masks made of sizes, a dict as output, and control flow that depends on the data."""
+
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.often, self.seldom = linear(), linear()
+
+        def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+            if hidden.mean() > 0:
+                return hidden + self.often(hidden) * mask
+            return hidden + self.seldom(hidden)  # type: ignore[no-any-return]
+
+    class Real(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = linear(), linear()
+            self.blocks = nn.ModuleList([Expert(), Expert(), Expert()])
+
+        def forward(self, x: Tensor, mask: Tensor | None = None, return_dict: bool = True) -> Any:
+            if x.dim() not in (2, 3) or not 1 < x.shape[-1] <= D:
+                raise ValueError(f"{x.shape} is no batch of vectors")
+            if mask is None:
+                mask = torch.ones(x.shape[0], 1, dtype=x.dtype, device=x.device)
+            hidden = self.embed(x)
+            for block in self.blocks:
+                hidden = block(hidden, mask)
+            output = self.head(hidden)
+            return {"output": output, "hidden": hidden, "attentions": None} if return_dict else (output, hidden)
+
+    def loss_sum(output: dict[str, Tensor], targets: tuple[Tensor, ...]) -> Tensor:
+        return (output["output"] - targets[0]).square().sum() + output["hidden"].square().sum()
+
+    whole = Whole(Real, seed=1)
+    layers, ties = capture(Real(), whole.module, 1)
+    assert [layer.name for layer in layers] == ["embed", "blocks.0", "blocks.1", "blocks.2", "head"]
+    count = lambda targets: targets[0].numel()  # noqa: E731
+    assert_every_cut_is_plain(
+        Recipe(tuple(layers), loss_sum, count, ties=tuple(ties), release=whole.release, whole=whole.module)
+    )
 
 
 def test_frozen_weights_and_adapters_waste_messages_or_fail() -> None:

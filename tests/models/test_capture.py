@@ -478,3 +478,39 @@ def test_two_calls_of_a_module_with_parts_that_is_kept_whole_are_one_layer() -> 
     called = [{unsplit(name) for name, _ in module.named_modules()} for module in model.modules]
     assert {"block.drop", "between"} <= called[0]
     assert sum("block.drop" in names for names in called) == 1
+
+
+class FetchedThenCalled(nn.Module):
+    """Fetches a weight, in a layer before the one that calls its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(F.linear(x, self.b.weight)))  # type: ignore[no-any-return]
+
+
+def test_what_a_called_module_has_keeps_its_plain_name() -> None:
+    model = captured(FetchedThenCalled)
+    assert_equal_to_plain(model, torch.randn(3, 8, dtype=torch.float64), mode=True)
+    assert model.state_names() == {"b.weight@2", "a.weight", "a.bias", "b.weight", "b.bias"}
+    assert [layer for layer, _ in model.ties[0]] == ["b.weight@2", "b"]
+
+
+class ReadsStatistics(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.norm(self.a(x)))
+        return self.d(self.c(y) - self.norm.running_mean)  # type: ignore[no-any-return]
+
+
+def test_a_buffer_that_a_module_changes_is_read_in_the_layer_of_that_module() -> None:
+    model = captured(ReadsStatistics)
+    for mode in (True, True, False):
+        assert_equal_to_plain(model, torch.randn(4, 8, dtype=torch.float64), mode=mode)
+    assert model.names == ["a", "norm", "d"]
