@@ -278,10 +278,11 @@ def _check_amoebanet(cfg: Config, problems: list[str]) -> None:
         problems.append(f"model.drop_path_steps={model.drop_path_steps} needs model.drop_path, such as 0.3")
     samples = cfg.batch_size // num_microbatches(cfg) if num_microbatches(cfg) >= 1 else 0
     if model.aux_weight and samples == 1:
+        fewer = f"micro_batches={cfg.batch_size // 2}, or " if cfg.batch_size > 1 else ""
         problems.append(
             f"micro_batches={num_microbatches(cfg)} of batch_size={cfg.batch_size} leave one sample in a micro-batch, "
             "and the auxiliary head normalises over nothing else; "
-            f"use a larger batch_size, or micro_batches={max(1, cfg.batch_size // 2)}, or model.aux_weight=0"
+            f"use a larger batch_size, or {fewer}model.aux_weight=0"
         )
 
 

@@ -52,7 +52,7 @@ MISTAKES = [
         ["optimizer=sgd", "optimizer.betas=[1,2]"],
         "'optimizer.betas' is a setting of optimizer=adamw and optimizer=adam",
     ),
-    (["model=transformr"], "no such model. Did you mean 'transformer'? Choose one of: anything, transformer, "),
+    (["model=transformr"], "no such model. Did you mean 'transformer'? Choose one of: amoebanet, "),
     (["model=transformer_tni"], "Did you mean 'transformer_tiny'?"),
     (["model="], "model=: no such model. Choose one of: "),
     (["model=null"], "model=null: no such model. Choose one of: "),
@@ -337,7 +337,7 @@ def test_user_folder_goes_before_the_built_in_one(
     assert cli.main(["model=own"]) == 0
     assert launch.cfg.model.layers == 5  # type: ignore[attr-defined]
     assert cli.main(["model=onw"]) == Exit.BAD_SETTINGS
-    assert "Did you mean 'own'? Choose one of: anything, own, transformer," in capsys.readouterr().err
+    assert "Did you mean 'own'? Choose one of: amoebanet, " in capsys.readouterr().err
     monkeypatch.setenv("PIPETRAIN_CONF", "gone")
     assert cli.main([]) == Exit.BAD_SETTINGS
     assert "PIPETRAIN_CONF=gone, but there is no such folder" in capsys.readouterr().err

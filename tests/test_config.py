@@ -106,6 +106,7 @@ BAD = [
         "micro_batches=9 of batch_size=16 leave one sample in a micro-batch, and the auxiliary head normalises over "
         "nothing else; use a larger batch_size, or micro_batches=8, or model.aux_weight=0",
     ),
+    (amoebanet() | {"batch_size": 1}, "normalises over nothing else; use a larger batch_size, or model.aux_weight=0"),
     ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ({"micro_batches": 0}, "micro_batches=0 must be at least 1"),
     ({"steps": 0}, "steps=0 must be at least 1"),

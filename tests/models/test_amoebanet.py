@@ -41,7 +41,7 @@ def recipe(**changes: Any) -> Recipe:
 def of_imagenet(**changes: Any) -> Recipe:
     """The recipe of conf/model/amoebanet_18x208, for the pictures and classes of ImageNet."""
     content = yaml.safe_load((CONF / "amoebanet_18x208.yaml").read_text())
-    sizes = {key: float(value) if key == "bn_eps" else value for key, value in content.items() if key != "defaults"}
+    sizes = {key: value for key, value in content.items() if key != "defaults"}
     return recipe(**(sizes | {"image_size": (224, 224), "num_classes": 1000} | changes))
 
 
