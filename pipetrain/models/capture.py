@@ -178,7 +178,7 @@ class _Cutter:
         forwards = [self._compile(mode, nodes[mode], parts, sources, gives) for mode in MODES]
         persistent = frozenset(path for path in parts if path in self._saved and "@" not in parts[path])
         constants = {path: self._constants[path] for path in parts if path in self._constants}
-        return takes, _Plan(parts, persistent, constants, *forwards), name
+        return takes, _Plan(self._as_registered(parts), persistent, constants, *forwards), name
 
     def _nodes(self, mode: int, begin: int, end: int) -> list[fx.Node]:
         """The operations of a layer in one mode; the last layer's end with the output."""
@@ -202,6 +202,13 @@ class _Cutter:
                 if node.op == "call_module":
                     first_call.setdefault(str(node.target), self._calls[i])
         return self._naming.of_layer(first_call, fetched_by(nodes))
+
+    def _as_registered(self, parts: Parts) -> Parts:
+        """In the order of the whole module: of the names of one parameter, a layer then lists the one that it lists."""
+        order = {path: i for i, (path, _) in enumerate(self._root.named_modules(remove_duplicate=False))}
+        return dict(
+            sorted(parts.items(), key=lambda item: order.get(item[0], order.get(item[0].rpartition(".")[0], 0)))
+        )
 
     def _name(self, begin: int, end: int, parts: Parts) -> str:
         """The first module with parameters, or else the first module, parameter or function."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipetrain.errors import ConfigError
 from pipetrain.models.borders import MAX_LAYERS
 from pipetrain.models.recipe import BATCH, Value, unsplit
-from pipetrain.models.vision import import_torchvision
+from pipetrain.vision import import_torchvision
 
 import_torchvision()
 vision: Any = importlib.import_module("torchvision.models")
@@ -514,3 +514,26 @@ def test_a_buffer_that_a_module_changes_is_read_in_the_layer_of_that_module() ->
     for mode in (True, True, False):
         assert_equal_to_plain(model, torch.randn(4, 8, dtype=torch.float64), mode=mode)
     assert model.names == ["a", "norm", "d"]
+
+
+class TiedInOneLayer(nn.Module):
+    """The name that the module lists is not the one that is used first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.b(x)
+        after = before.add_(self.a(x))
+        return after + before  # type: ignore[no-any-return]
+
+
+def test_a_parameter_with_two_names_has_the_one_that_the_module_lists() -> None:
+    model = captured(TiedInOneLayer)
+    (module,) = model.modules
+    assert [name for name, _ in module.named_parameters()] == ["a.weight"]
+    assert [name for name, _ in model.plain.named_parameters()] == ["a.weight"]
+    assert_equal_to_plain(model, torch.randn(3, 8, dtype=torch.float64), mode=True)
+    assert model.state_names() == {"a.weight", "b.weight"}
