@@ -48,6 +48,7 @@ class AmoebaNetConfig(ModelConfig):
     genotype: str = setting("which cells: D | B", "D")
     layers: int = setting("number of normal cells, in three stacks; must be divisible by 3", 6)
     filters: int = setting("filters of the first stack; each stack has twice as many as the one before", 32)
+    num_classes: int | None = setting("outputs of the classifier; null = the classes of the data", None)
     stem: str = setting("imagenet (a 32nd as wide in the end) | small (a quarter; for some 28 to 64 pixels)", "small")
     dropout: float = setting("probability of dropping an input of the classifier, 0 to below 1", 0.5)
     drop_path: float = setting("probability of dropping a path of the last cell, less in earlier ones", 0.0)
@@ -94,6 +95,25 @@ class SyntheticConfig(DataConfig):
     shape: list[int] = field(default_factory=lambda: [3, 224, 224], metadata={"help": "sizes of one sample"})
     classes: int = setting("classes to tell apart", 10)
     samples: int = setting("training samples; a tenth as many are for validation", 1000)
+
+
+@dataclass(kw_only=True)
+class ImagesConfig(DataConfig):
+    name: str = setting("images with class labels", "images")
+    set: str = setting(
+        "digits (brought by scikit-learn) | fashion_mnist | cifar10 | cifar100 | folder (one of images for each class)",
+        "digits",
+    )
+    path: str | None = setting("the folder that holds the set; a folder of classes may have train/ and val/", None)
+    size: int | None = setting("side of the square images that the model gets; null = the set's own", None)
+    channels: int | None = setting("1 (grey) | 3 (colour) | null = the set's own", None)
+    augment: list[str] | None = setting(
+        "what training images go through: any of [crop,flip,erase,trivial]; null = what suits the set", None
+    )
+    workers: int = setting("processes that read images ahead of the first stage; 0 = it reads them itself", 1)
+    on_error: str = setting("an image file that cannot be read: fail | skip (all are read once at the start)", "fail")
+    valid_fraction: float = setting("share held out for validation where the set has no images for it", 0.1)
+    cache_dir: str = setting("where the lists of a folder's images are kept", "~/.cache/pipetrain")
 
 
 @dataclass(kw_only=True)
@@ -183,7 +203,7 @@ class Config:
 # Which schema a group's `name` stands for. Used by `cli` (typed composition) and by `from_json`.
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"transformer": TransformerConfig, "amoebanet": AmoebaNetConfig, "anything": AnythingConfig},
-    "data": {"text": TextConfig, "synthetic": SyntheticConfig},
+    "data": {"text": TextConfig, "synthetic": SyntheticConfig, "images": ImagesConfig},
     "optimizer": {"adamw": AdamConfig, "adam": AdamConfig, "sgd": SgdConfig, "adafactor": AdafactorConfig},
 }
 

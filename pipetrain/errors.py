@@ -40,6 +40,10 @@ class NonFiniteError(PipetrainError, ArithmeticError):
     exit_code = Exit.NON_FINITE
 
 
+class DataError(PipetrainError, RuntimeError):
+    """A sample that cannot be read; the text names its file."""
+
+
 class ScheduleError(PipetrainError, ValueError):
     """A schedule that is not once-each, ordered, deadlock-free or within its bounds."""
 

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 from pipetrain import rules
-from pipetrain.config import AnythingConfig, Config, SyntheticConfig, TextConfig, num_microbatches
-from pipetrain.data.text import TokenFolder, prepare_text
+from pipetrain.config import AnythingConfig, Config, ImagesConfig, SyntheticConfig, num_microbatches
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.models import DoesNotFit, Recipe, try_out
@@ -32,7 +31,8 @@ from pipetrain.paths import RunPaths
 from pipetrain.processes import Ended, run_workers
 from pipetrain.torchrun import Place
 from pipetrain.training import checkpoint, status
-from pipetrain.training.build import build_recipe, open_data
+from pipetrain.training.build import build_recipe
+from pipetrain.training.data import Prepared, open_data, prepare_data
 from pipetrain.training.job import Job
 from pipetrain.training.memory import ADVICE
 from pipetrain.worker import explain_failure, run_local_worker, run_torchrun_rank
@@ -83,7 +83,7 @@ def prepare(
     devices: tuple[str, ...] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Job:
-    """Checks every rule, prepares the text, and finds the checkpoint of a resumed run.
+    """Checks every rule, prepares the data, and finds the checkpoint of a resumed run.
 
     Args:
         num_gpus: GPUs of this machine.
@@ -105,20 +105,21 @@ def prepare(
             say(f"skipped a checkpoint: {reason}")
         saved = checkpoint.read_manifest(found)
         rules.check_resume(cfg, saved.config)
-    tokens = _prepare_text(cfg.data) if isinstance(cfg.data, TextConfig) else None
-    steps_of_epoch = open_data(cfg, tokens, "train").num_batches
+    data = prepare_data(cfg, say)
+    steps_of_epoch = open_data(cfg, data, "train").num_batches
     if cfg.eval.every:
         try:
-            open_data(cfg, tokens, "valid")
+            open_data(cfg, data, "valid")
         except ConfigError as error:
             raise ConfigError(f"{error}; or train without evaluation: eval.every=0") from error
-    recipe = build_recipe(cfg, tokens)
-    _check_model(cfg, recipe, tokens, len(devices))
-    job = Job(cfg, run, tokens, devices, found)
-    if saved is not None and isinstance(cfg.data, TextConfig) and saved.data != job.data_id:
+    recipe = build_recipe(cfg, data)
+    _check_model(cfg, recipe, data, len(devices))
+    job = Job(cfg, run, data, devices, found)
+    if saved is not None and saved.data != job.data_id:
+        path = getattr(cfg.data, "path", None)
         raise ConfigError(
-            f"the text of data.path={cfg.data.path} is not the one that {run.root} was trained on; "
-            "put the old text back, or start a new run"
+            f"the data of {f'data.path={path}' if path else f'data={cfg.data.name}'} are not those that {run.root} was "
+            "trained on; put the old ones back, or start a new run"
         )
     if saved is not None:
         _check_goes_on(cfg, saved.step, steps_of_epoch)
@@ -126,11 +127,11 @@ def prepare(
     return job
 
 
-def _check_model(cfg: Config, recipe: Recipe, tokens: TokenFolder | None, num_stages: int) -> None:
+def _check_model(cfg: Config, recipe: Recipe, data: Prepared | None, num_stages: int) -> None:
     """Everything that is wrong between the model, the data and the devices; whether it runs at all comes first."""
     checks = [partial(rules.check_model, cfg, len(recipe.layers), num_stages)]
     if isinstance(cfg.model, AnythingConfig):
-        checks.insert(0, partial(_try_out, cfg, recipe, tokens))
+        checks.insert(0, partial(_try_out, cfg, recipe, data))
     problems: list[ConfigError] = []
     for check in checks:
         try:
@@ -141,10 +142,10 @@ def _check_model(cfg: Config, recipe: Recipe, tokens: TokenFolder | None, num_st
         raise ConfigError("\n".join(map(str, problems))) from problems[0].__cause__
 
 
-def _try_out(cfg: Config, recipe: Recipe, tokens: TokenFolder | None) -> None:
+def _try_out(cfg: Config, recipe: Recipe, data: Prepared | None) -> None:
     """The first rows of the first batch, as many as the smallest micro-batch has."""
     rows = cfg.batch_size // num_microbatches(cfg)
-    inputs, targets = open_data(cfg, tokens, "train").batch(0)
+    inputs, targets = open_data(cfg, data, "train").batch(0)
     try:
         try_out(recipe, (inputs[:rows],), (targets[:rows],))
     except ConfigError as error:
@@ -160,20 +161,11 @@ def _remedy(cfg: Config, failure: str) -> str:
     if isinstance(cfg.data, SyntheticConfig):
         shape = ",".join(map(str, cfg.data.shape))
         return f"; if the module takes other sizes than data.shape=[{shape}], type them: data.shape=[3,224,224]{fewer}"
+    if isinstance(cfg.data, ImagesConfig):
+        return f"; if the module takes other images, type data.size=224 or data.channels=3{fewer}"
     return (
         "; if the module takes samples of another length, type another data.seq_len; if it takes none of token "
         f"numbers, data=synthetic 'data.shape=[3,224,224]'{fewer}"
-    )
-
-
-def _prepare_text(data: TextConfig) -> TokenFolder:
-    return prepare_text(
-        path=data.path,
-        tokenizer=data.tokenizer,
-        vocab_size=data.vocab_size,
-        valid_fraction=data.valid_fraction,
-        test_fraction=data.test_fraction,
-        cache_dir=data.cache_dir,
     )
 
 

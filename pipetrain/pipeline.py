@@ -163,8 +163,8 @@ class Pipeline:
     def evaluate(self, inputs: Tensor | tuple[Tensor, ...], targets: Tensor | tuple[Tensor, ...]) -> float:
         """Mean loss of one batch, without gradients and in evaluation mode; the same on every rank."""
         xs, ys = self._placed(inputs), self._placed(targets)
-        loss_sum = self._runtime.evaluate_step(self._program(False, len(xs[0])), xs, ys)
-        total = self._transport.all_reduce(torch.tensor([loss_sum], dtype=torch.float64))
+        sums = self._runtime.evaluate_step(self._program(False, len(xs[0])), xs, ys)
+        total = self._transport.all_reduce(sums)
         return float(total[0]) / self._count(ys)
 
     def clip_gradients(self, max_norm: float) -> None:

@@ -8,9 +8,11 @@ half a minute for a hung rank whatever it is told, and opens a store that listen
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from typing import Any
 
 PRELOADED = ["pipetrain.worker", "pipetrain.cli"]  # what the fork server imports before it makes workers
 SAVE_GRACE_S = 120.0  # how long workers may take to finish a step and write a checkpoint after a signal
+_PR_SET_PDEATHSIG = 1
 _FAILURE_GRACE_S = 5.0  # how long the others may take to notice that a rank has failed
 _POLL_S = 0.2
 _REPEAT_S = 1.0  # how often a signal is handed on again
@@ -130,6 +133,12 @@ def _inbox() -> Iterator[_Inbox]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def die_with_parent() -> None:
+    """The kernel ends this process when its parent dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _has_gpu_driver() -> bool:

@@ -1,6 +1,5 @@
 """One rank: a local process that `launch` started, or a process of a torchrun job."""
 
-import ctypes
 import dataclasses
 import datetime
 import faulthandler
@@ -24,13 +23,12 @@ from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 from pipetrain.engine.transport import DistributedTransport, PeerLost
 from pipetrain.errors import Exit, PipetrainError
 from pipetrain.paths import RunPaths
-from pipetrain.processes import SIGNALS
+from pipetrain.processes import SIGNALS, die_with_parent
 from pipetrain.training.job import Job
 from pipetrain.training.loop import Request, Signals, train
 from pipetrain.training.memory import memory_advice
 
 _TIMEOUT = datetime.timedelta(minutes=30)
-_PR_SET_PDEATHSIG = 1
 
 
 def run_local_worker(job_json: str, rank: int) -> None:
@@ -173,8 +171,7 @@ def _die_with_launcher() -> None:
 
     (The parent is the fork server, which ends as soon as the launcher does; the thread covers systems without prctl.)
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     launcher = multiprocessing.parent_process()
     if launcher is None:
         return

@@ -18,16 +18,6 @@ from pipetrain.errors import ConfigError
 CHECK = [*QUICK, "action=check", "devices=2", "optimizer.lr=0.01", "lr_rule.warmup_steps=0"]
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def command(tmp_path: Path, cache: Path) -> Command:
-    return Command(tmp_path, cache)
-
-
 def rows(output: str) -> dict[tuple[str, str], str]:
     """(what, compared with) -> the rest of its line."""
     table = [line for line in output.splitlines() if line.endswith((" ok", " FAILED", " -", " - "))]

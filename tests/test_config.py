@@ -12,6 +12,7 @@ from pipetrain.config import (
     AmoebaNetConfig,
     AnythingConfig,
     Config,
+    ImagesConfig,
     LrRuleConfig,
     SgdConfig,
     SyntheticConfig,
@@ -68,6 +69,10 @@ def test_good_settings(changes: dict[str, Any]) -> None:
 RESNET = AnythingConfig(factory="resnet18")
 
 
+def images(**changes: Any) -> dict[str, Any]:
+    return {"model": RESNET, "data": ImagesConfig(**changes)}
+
+
 def amoebanet(**changes: Any) -> dict[str, Any]:
     return {"model": AmoebaNetConfig(**changes), "data": SyntheticConfig()}
 
@@ -80,7 +85,19 @@ BAD = [
     ({"model": RESNET, "data": SyntheticConfig(shape=[])}, "data.shape=[] must have at least one size"),
     ({"model": RESNET, "data": SyntheticConfig(classes=0)}, "data.classes=0 must be at least 1"),
     ({"model": RESNET, "data": SyntheticConfig(samples=0)}, "data.samples=0 must be at least 1"),
-    ({"model": AmoebaNetConfig()}, "data=text gives tokens, but model=amoebanet looks at images; use data=synthetic"),
+    ({"data": ImagesConfig()}, "data=images gives numbers, but model=transformer reads tokens; use data=text"),
+    (images(set="mnist"), "data.set=mnist: no such choice."),
+    (images(set="folder"), "data.set=folder needs data.path, the folder that holds it"),
+    (images(path="photos"), "data.path=photos means nothing to data.set=digits; for your images: data.set=folder"),
+    (images(channels=4), "data.channels=4 must be 1 (grey), 3 (colour) or null (the set's own)"),
+    (images(augment=["crop", "mirror"]), "data.augment=mirror: no such choice."),
+    (images(valid_fraction=1.0), "data.valid_fraction=1.0 must be at least 0 and below 1"),
+    (images(on_error="skip"), "data.on_error=skip is for single files"),
+    (images(on_error="ignore"), "data.on_error=ignore: no such choice. Choose one of: fail, skip"),
+    (images(size=0), "data.size=0 must be at least 1"),
+    (images(workers=-1), "data.workers=-1 must be at least 0"),
+    (amoebanet(num_classes=1), "model.num_classes=1 must be at least 2, or null for the data's number"),
+    ({"model": AmoebaNetConfig()}, "data=text gives tokens, but model=amoebanet looks at images; use data=images"),
     (
         amoebanet() | {"data": SyntheticConfig(shape=[32, 32])},
         "data.shape=[32,32] must be the channels, height and width of an image for model=amoebanet, such as",

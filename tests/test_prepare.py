@@ -131,7 +131,7 @@ def test_devices_balance_and_steps_may_change_on_resume(tmp_path: Path) -> None:
 def test_a_changed_text_is_found_on_resume(tmp_path: Path) -> None:
     cfg = finished_run(tmp_path)
     (tmp_path / "text.txt").write_text("another text altogether, long enough to be read as one. " * 40)
-    with pytest.raises(ConfigError, match=r"is not the one that .* was trained on; put the old text back, or"):
+    with pytest.raises(ConfigError, match=r"are not those that .* was trained on; put the old ones back, or"):
         prepare(cfg, RunPaths(tmp_path / "run"), 0)
 
 

@@ -12,7 +12,8 @@ from pipetrain.check.reference import PlainModel, train
 from pipetrain.errors import Exit, PipetrainError
 from pipetrain.models.recipe import Tensors
 from pipetrain.paths import RunPaths
-from pipetrain.training.build import build_recipe, open_data, to_device
+from pipetrain.training.build import build_recipe
+from pipetrain.training.data import open_data, to_device
 from pipetrain.training.job import Job
 from pipetrain.training.loop import Request, Signals
 from pipetrain.training.record import Recorder
@@ -50,8 +51,8 @@ def _body(other: Recorded, job: Job, signals: Signals) -> Exit:
 
 def _model(job: Job, device: torch.device) -> PlainModel:
     """The user's module as it is; its layers one after the other where it draws numbers between its modules' calls."""
-    recipe = build_recipe(job.cfg, job.tokens)
-    inputs, _ = open_data(job.cfg, job.tokens, "train").batch(0)
+    recipe = build_recipe(job.cfg, job.data)
+    inputs, _ = open_data(job.cfg, job.data, "train").batch(0)
     first = (to_device(inputs[:2], job.cfg, device),)
     if recipe.whole is None or not PlainModel(recipe, job.cfg.seed, device).draws_outside_of_modules(first):
         return PlainModel(recipe, job.cfg.seed, device)
@@ -59,7 +60,7 @@ def _model(job: Job, device: torch.device) -> PlainModel:
 
 
 def _batches(job: Job, device: torch.device, signals: Signals) -> Iterator[tuple[Tensors, Tensors]]:
-    data = open_data(job.cfg, job.tokens, "train")
+    data = open_data(job.cfg, job.data, "train")
     for step in range(job.cfg.steps or 0):
         if signals.request:
             raise _Stopped

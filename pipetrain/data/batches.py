@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipetrain.data.order import permutation
 from pipetrain.data.text import TokenFolder, token_dtype, too_short
 from pipetrain.errors import ConfigError
-from pipetrain.seeds import derive_seed
 from pipetrain.suggest import one_of
 
 SHUFFLED = "shuffled"
@@ -30,6 +30,9 @@ class Batches(Protocol):
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of batch `index`."""
+
+    def targets(self, index: int) -> torch.Tensor:
+        """Targets of batch `index`, as cheaply as they can be had: the last stage needs nothing else."""
 
 
 class TextBatches:
@@ -95,6 +98,10 @@ class TextBatches:
         windows = torch.from_numpy(np.asarray(self._ids[positions], dtype=np.int64))
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
+    def targets(self, index: int) -> torch.Tensor:
+        """Targets of batch `index`: int64 [rows, seq_len]."""
+        return self.batch(index)[1]
+
     @cached_property
     def _ids(self) -> np.memmap[tuple[int], np.dtype[np.unsignedinteger]]:
         return np.memmap(self._tokens.file(self._split), dtype=token_dtype(self._tokens.vocab_size), mode="r")
@@ -109,10 +116,9 @@ class TextBatches:
         return (self._permutation(epoch)[windows] if self._order == SHUFFLED else windows) * self.seq_len
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The windows of one epoch in random order. Sorts raw PCG64 numbers, a stream that no numpy release changes."""
+        """The windows of one epoch in random order."""
         if self._shuffled is None or self._shuffled[0] != epoch:
-            raw = np.random.PCG64(derive_seed(self._seed, "data", self._split, epoch)).random_raw(self._num_windows)
-            self._shuffled = epoch, np.argsort(raw, kind="stable")
+            self._shuffled = epoch, permutation(self._seed, self._split, epoch, self._num_windows)
         return self._shuffled[1]
 
     def _check(self) -> None:

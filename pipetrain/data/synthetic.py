@@ -51,6 +51,10 @@ class SyntheticBatches:
         samples = [self._sample(first + row) for row in range(self.rows(index))]
         return torch.stack([inputs for inputs, _ in samples]), torch.tensor([target for _, target in samples])
 
+    def targets(self, index: int) -> torch.Tensor:
+        """Class numbers int64 [rows] of batch `index`."""
+        return self.batch(index)[1]
+
     def _sample(self, number: int) -> tuple[torch.Tensor, int]:
         draws = torch.Generator().manual_seed(derive_seed(self._seed, "data", self._split, number))
         target = int(torch.randint(self._classes, (), generator=draws))

@@ -140,11 +140,16 @@ class Runtime:
         assert self._report is not None, "a training schedule ends with an update"
         return self._report
 
-    def evaluate_step(self, program: Program, inputs: Tensors | None, targets: Tensors | None) -> float:
-        """Runs the forwards of one batch. Returns the loss sum on the last stage's rank, 0 elsewhere."""
+    def evaluate_step(self, program: Program, inputs: Tensors | None, targets: Tensors | None) -> Tensor:
+        """Runs the forwards of one batch.
+
+        Returns:
+            float64 on the CPU: on the last stage's rank the sums of the loss and of each measure, elsewhere one zero.
+        """
         self._begin(program, 0, inputs, targets, training=False)
         self._run(program)
-        return float(self._loss)
+        measures = [torch.stack(each).double().sum() for each in zip(*self._measured, strict=True)]
+        return torch.stack([self._loss, *measures]).cpu()
 
     def find_non_finite(
         self, program: Program, step: int, inputs: Tensors | None, targets: Tensors | None
@@ -177,6 +182,7 @@ class Runtime:
         self._inputs = split(inputs, num_microbatches) if 0 in self.stages and inputs is not None else []
         self._targets = split(targets, num_microbatches) if last in self.stages and targets is not None else []
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._measured: list[list[Tensor]] = []
         self._looking = False
         self._report: StepReport | None = None
         self._ready: dict[_Message, Tensor | None] = {}
@@ -226,6 +232,7 @@ class Runtime:
         self._clock.record(action, start)  # type: ignore[arg-type]
         if stage.is_last:
             self._loss += stage.loss_of(values)
+            self._measured.append(stage.measured)
         self._make_ready(Kind.FORWARD, s, m, key, values)
 
     def _recompute(self, action: Action) -> None:

@@ -46,6 +46,7 @@ class Stage:
         device: torch.device,
         seed: int,
         loss_sum: LossSum | None = None,
+        measures: Sequence[LossSum] = (),
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         """
@@ -55,6 +56,7 @@ class Stage:
             dataflow: of the whole model, cut as it is.
             seed: the run's; random layers draw from it.
             loss_sum: on the last stage only.
+            measures: further sums over the samples that are wanted in evaluation, there too.
             autocast_dtype: None computes in the parameters' own precision.
         """
         self.index = index
@@ -68,7 +70,7 @@ class Stage:
             if autocast_dtype is None
             else partial(torch.autocast, device.type, dtype=autocast_dtype, cache_enabled=False)
         )
-        self._loss = Loss(loss_sum) if loss_sum is not None else None
+        self._loss = Loss(loss_sum, measures) if loss_sum is not None else None
         self._all = [*self.layers, Layer("loss", "loss.", self._loss)] if self._loss is not None else self.layers
         self._first = dataflow.stage_of.index(index)
         self._in_flight: dict[int, _InFlight] = {}
@@ -111,6 +113,8 @@ class Stage:
         """
         for module, came_training in self._came_training:
             module.training = mode and came_training
+        if self._loss is not None:
+            self._loss.training = mode
         for statistics in self._statistics:
             statistics.forget()
         for name, parameter in self.named_parameters():
@@ -183,6 +187,11 @@ class Stage:
         """The loss sum among what `forward` returned on the last stage."""
         loss: Tensor = values[self.loss_id]
         return loss
+
+    @property
+    def measured(self) -> list[Tensor]:
+        """What the last forward in evaluation measured, on the last stage."""
+        return self._loss.measured if self._loss is not None else []
 
     def gradient_of_loss(self, key: int, total: float) -> Tensor:
         """What a backward starts from: the mini-batch's loss is the sum over its micro-batches divided by `total`."""

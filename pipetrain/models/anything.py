@@ -11,12 +11,12 @@ from torch import nn
 from pipetrain.errors import ConfigError
 from pipetrain.models.capture import capture
 from pipetrain.models.imports import import_object, shown
-from pipetrain.models.losses import find_loss
+from pipetrain.models.losses import ACCURACY, find_loss
 from pipetrain.models.recipe import Recipe
-from pipetrain.models.vision import import_torchvision
 from pipetrain.models.whole import Whole, WithoutMemory
 from pipetrain.seeds import seeded
 from pipetrain.suggest import did_you_mean
+from pipetrain.vision import import_torchvision
 
 
 def anything(*, factory: str, arguments: Mapping[str, Any], loss: str, seed: int, num_inputs: int = 1) -> Recipe:
@@ -42,7 +42,13 @@ def anything(*, factory: str, arguments: Mapping[str, Any], loss: str, seed: int
     except ConfigError as error:
         raise ConfigError(f"model.factory={factory}: {error}") from error
     return Recipe(
-        tuple(layers), loss_sum=loss_sum, count=count, ties=tuple(ties), release=whole.release, whole=whole.module
+        tuple(layers),
+        loss_sum=loss_sum,
+        count=count,
+        ties=tuple(ties),
+        release=whole.release,
+        whole=whole.module,
+        measures=ACCURACY if loss == "cross_entropy" else {},
     )
 
 

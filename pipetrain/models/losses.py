@@ -1,6 +1,7 @@
 """What a captured model is trained for: the sum of a loss over the samples, and how many there are."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +72,23 @@ def _cross_entropy_sum(logits: Any, targets: Tensors) -> Tensor:
 def count_targets(targets: Tensors) -> int:
     """Targets that are not padding."""
     return int((targets[0] != IGNORED_TARGET).sum())
+
+
+def among_the_best(output: Any, targets: Tensors, *, best: int) -> Tensor:
+    """How many targets that are not padding are among the classes with the largest logits.
+
+    Args:
+        output: logits [..., C], or a tuple that begins with them.
+        targets: (class numbers [...],).
+    """
+    logits = output[0] if isinstance(output, tuple | list) else output
+    (target,) = targets
+    chosen = logits.topk(min(best, logits.shape[-1]), dim=-1).indices
+    found: Tensor = (chosen == target[..., None]).any(-1)
+    return found.sum()
+
+
+ACCURACY = {"accuracy": partial(among_the_best, best=1), "top5": partial(among_the_best, best=5)}
 
 
 def squared_error_sum(output: Any, targets: Tensors) -> Tensor:

@@ -6,8 +6,8 @@ who takes what from whom is known before anything is built.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,6 +78,7 @@ class Recipe:
         ties: groups of (layer, parameter) that are one parameter; layers ascend, the first one's initial value counts.
         loss_sum: (output of the last layer, targets) -> sum of the loss over the valid tokens or samples.
         count: targets -> number of valid tokens or samples: what the sum is divided by.
+        measures: what else is evaluated, such as accuracy: each like `loss_sum`, a sum over the same samples.
         release: forgets what `build` shares between layers; called once the layers that are wanted are built.
         whole: makes the module that the layers are parts of, with the same initial values, where there is one.
     """
@@ -88,6 +89,7 @@ class Recipe:
     ties: tuple[tuple[tuple[str, str], ...], ...] = ()
     release: Callable[[], None] = _nothing
     whole: Callable[[], nn.Module] | None = None
+    measures: Mapping[str, Callable[[Any, Tensors], Tensor]] = field(default_factory=dict)
 
     def taken_by(self, layer: int) -> tuple[Value, ...]:
         """What a layer takes, spelled out."""

@@ -19,7 +19,7 @@ class Console:
             counted: what the speed is counted in, 'tokens' or 'samples'.
         """
         speed = f"speed/{counted}_per_s"
-        self._shown = ("loss/train", "loss/val", "lr", "grad/norm", speed, "val/bits_per_character", "val/perplexity")
+        self._shown = ("loss/train", "loss/val", "lr", "grad/norm", speed)
         self._out = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._first, self._last = first_step, last_step
         self._started_s = time.monotonic()
@@ -43,7 +43,8 @@ class Console:
 
     def line(self, step: int, values: Mapping[str, float]) -> None:
         """Prints the values that people watch, and on plain output how long it will take."""
-        shown = "  ".join(f"{name} {_short(values[name])}" for name in self._shown if name in values)
+        names = [*(name for name in self._shown if name in values), *(n for n in values if n.startswith("val/"))]
+        shown = "  ".join(f"{name} {_short(values[name])}" for name in names)
         eta = "" if self._bar is not None or "loss/train" not in values else f"  ETA {self._eta(step)}"
         text = f"step {step}/{self._last}  {shown}"
         self._out.print(text + eta)

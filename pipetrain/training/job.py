@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pipetrain import config
 from pipetrain.config import Config
-from pipetrain.data.text import TokenFolder
 from pipetrain.paths import RunPaths
+from pipetrain.training.data import Prepared, fingerprint, prepared_from
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Job:
     Attributes:
         cfg: the checked settings.
         run: the run folder.
-        tokens: the prepared text, or None if the data is no text.
+        data: what was found out about the data, see `training.data`.
         devices: one name for each rank.
         checkpoint: the verified checkpoint to go on from, or None.
         record: keep all numbers of every step for a comparison, and print nothing.
@@ -26,15 +26,15 @@ class Job:
 
     cfg: Config
     run: RunPaths
-    tokens: TokenFolder | None
+    data: Prepared | None
     devices: tuple[str, ...]
     checkpoint: Path | None
     record: bool = False
 
     @property
     def data_id(self) -> str:
-        """Changes whenever the text, its split or its tokenizer changes."""
-        return Path(self.tokens.folder).name if self.tokens is not None else self.cfg.data.name
+        """Changes whenever the data do."""
+        return fingerprint(self.cfg, self.data)
 
     def to_json(self) -> str:
         """The job as text, for another process."""
@@ -42,7 +42,7 @@ class Job:
             {
                 "cfg": config.to_json(self.cfg),
                 "run": str(self.run.root),
-                "tokens": dataclasses.asdict(self.tokens) if self.tokens is not None else None,
+                "data": dataclasses.asdict(self.data) if self.data is not None else None,
                 "devices": self.devices,
                 "checkpoint": str(self.checkpoint) if self.checkpoint else None,
                 "record": self.record,
@@ -53,10 +53,11 @@ class Job:
     def from_json(text: str) -> "Job":
         """The inverse of `to_json`."""
         raw = json.loads(text)
+        cfg = config.from_json(raw["cfg"])
         return Job(
-            cfg=config.from_json(raw["cfg"]),
+            cfg=cfg,
             run=RunPaths(Path(raw["run"])),
-            tokens=TokenFolder(**raw["tokens"]) if raw["tokens"] is not None else None,
+            data=prepared_from(cfg, raw["data"]),
             devices=tuple(raw["devices"]),
             checkpoint=Path(raw["checkpoint"]) if raw["checkpoint"] else None,
             record=raw["record"],

@@ -5,11 +5,14 @@ import dataclasses
 import math
 import time
 from enum import IntEnum
+from functools import partial
 
 import torch
 
 from pipetrain import config, schedule
 from pipetrain.config import num_microbatches
+from pipetrain.data.images.sets import ImageSet
+from pipetrain.data.text import TokenFolder
 from pipetrain.engine.loss import Tensors
 from pipetrain.engine.report import StepReport
 from pipetrain.engine.transport import Transport
@@ -17,8 +20,9 @@ from pipetrain.errors import Exit, NonFiniteError, PipetrainError, StageFailed
 from pipetrain.partition.split import dataflow_of
 from pipetrain.schedule import Schedule, build_forward_only
 from pipetrain.training import checkpoint, state, status
-from pipetrain.training.build import balance_of, build_recipe, build_runtime, open_data, ties_of, to_device
+from pipetrain.training.build import balance_of, build_recipe, build_runtime, ties_of
 from pipetrain.training.console import Console
+from pipetrain.training.data import open_data, part_of_batch
 from pipetrain.training.evaluate import Evaluator
 from pipetrain.training.job import Job
 from pipetrain.training.memory import memory_advice
@@ -75,7 +79,7 @@ class Trainer:
         self._requests = 0.0
         self._finite = True
 
-        recipe = self.recipe = build_recipe(cfg, job.tokens)
+        recipe = self.recipe = build_recipe(cfg, job.data)
         balance = self.balance = balance_of(cfg, len(recipe.layers), transport.num_ranks)
         self.ties = ties_of(recipe, balance)
         self.skips = dataflow_of(recipe, balance).skips()
@@ -89,20 +93,22 @@ class Trainer:
         self.runtime = build_runtime(cfg, recipe, balance, transport, device)
         self.program = self.runtime.prepare(self.schedule)
         self.optimizer = build_optimizer(cfg.optimizer, self.runtime.own_parameters)
-        self.data = open_data(cfg, job.tokens, "train")
+        self.data = open_data(cfg, job.data, "train")
         self.last_step = cfg.steps or (cfg.epochs or 0) * self.data.num_batches
         if job.checkpoint is not None:
             reader = checkpoint.Reader(job.checkpoint)
             state.restore(reader, self.runtime, self.optimizer, self.ties)
             self.step = reader.manifest.step
         self.recorder = self._recorder() if job.record else None
-        self.evaluator = Evaluator(self.runtime, len(balance), self.skips, num_microbatches(cfg), recipe.count)
+        last = transport.num_ranks - 1
+        self._batch = partial(part_of_batch, cfg, device, first=transport.rank == 0, last=transport.rank == last)
+        self.evaluator = Evaluator(self.runtime, recipe, self.skips, len(balance), num_microbatches(cfg), self._batch)
         plan = make_plan(self.schedule, job.devices, recipe, balance, self._count_parameters(), cfg.recompute)
         # The first rank is the one that writes.
         self.console: Console | None = None
         self.metrics: Metrics | None = None
         if transport.rank == 0:
-            counted = "tokens" if job.tokens is not None else "samples"
+            counted = "tokens" if isinstance(job.data, TokenFolder) else "samples"
             job.run.plan.write_text(plan.to_json())
             self.console = Console(self.step, self.last_step, counted=counted, quiet=job.record)
             for line in (*plan.table(), *drawn(self.schedule)):
@@ -140,7 +146,7 @@ class Trainer:
 
     def _train_one_step(self) -> tuple[StepReport, float]:
         started = time.perf_counter()
-        inputs, targets = self._batch()
+        inputs, targets = self._batch(self.data, self.step)
         self._finite = True
         report = self.runtime.train_step(
             self.program,
@@ -154,16 +160,6 @@ class Trainer:
         if not self._finite:
             self._explain_non_finite(report, inputs, targets)
         return report, time.perf_counter() - started
-
-    def _batch(self) -> tuple[Tensors | None, Tensors | None]:
-        """The first stage needs the inputs, the last one the targets; the stages between read nothing."""
-        if self.transport.rank not in (0, len(self.balance) - 1):
-            return None, None
-        inputs, targets = self.data.batch(self.step)
-        device, stages = self.runtime.device, self.runtime.stages
-        last = len(self.balance) - 1
-        x, y = to_device(inputs, self.cfg, device), to_device(targets, self.cfg, device)
-        return (x,) if 0 in stages else None, (y,) if last in stages else None
 
     def _update(self, report: StepReport) -> None:
         """Called by the runtime once the gradients of all stages are there."""
@@ -239,19 +235,22 @@ class Trainer:
             "speed/step_s": step_s,
             "speed/samples_per_s": self.cfg.batch_size / step_s,
         }
-        if self.job.tokens is not None:
+        if isinstance(self.job.data, TokenFolder):
             values["speed/tokens_per_s"] = report.count / step_s
+        if isinstance(self.job.data, ImageSet) and self.job.data.skipped:
+            values["data/skipped"] = self.job.data.skipped
         self.metrics.log(self.step, values | pipeline_values(report.stages, self.schedule))
         self._write_status("running", None)
 
     def _evaluate(self) -> None:
-        valid, tokens = open_data(self.cfg, self.job.tokens, "valid"), self.job.tokens
         values, self._requests = self.evaluator.run(
-            valid,
-            self.cfg.eval.batches,
-            characters_per_token=tokens.num_bytes["valid"] / tokens.num_tokens["valid"] if tokens is not None else None,
-            request=lambda: float(self.signals.request),
+            open_data(self.cfg, self.job.data, "valid"), self.cfg.eval.batches, lambda: float(self.signals.request)
         )
+        if values and isinstance(self.job.data, TokenFolder):
+            tokens, mean = self.job.data, values["loss/val"]
+            values["val/perplexity"] = math.exp(min(mean, 700.0))
+            characters_per_token = tokens.num_bytes["valid"] / tokens.num_tokens["valid"]
+            values["val/bits_per_character"] = mean / math.log(2) / characters_per_token
         self._loss_val = values.get("loss/val")
         if self.metrics is not None and values:
             self.metrics.log(self.step, values)

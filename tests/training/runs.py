@@ -23,6 +23,7 @@ from pipetrain.engine.local import run_ranks
 from pipetrain.errors import Exit
 from pipetrain.paths import RunPaths
 from pipetrain.training import checkpoint
+from pipetrain.training.data import prepare_data
 from pipetrain.training.job import Job
 from pipetrain.training.loop import Signals, train
 
@@ -74,8 +75,8 @@ def run(
     paths = RunPaths(tmp_path / name)
     paths.root.mkdir(exist_ok=True)
     found = checkpoint.find_usable(paths.checkpoints)[0] if resume else None
-    tokens = tokens_of(tmp_path) if isinstance(cfg.data, TextConfig) else None
-    job = Job.from_json(Job(cfg, paths, tokens, ("cpu",) * stages, found).to_json())
+    data = tokens_of(tmp_path) if isinstance(cfg.data, TextConfig) else prepare_data(cfg, lambda text: None)
+    job = Job.from_json(Job(cfg, paths, data, ("cpu",) * stages, found).to_json())
     codes = run_ranks(stages, lambda transport: train(job, transport, CPU, signals(transport.rank)))
     assert len(set(codes)) == 1
     return codes[0]

@@ -232,7 +232,8 @@ def test_evaluation_covers_the_split_once_without_dropout(tmp_path: Path) -> Non
     from reference import plain_model
     from runs import tokens_of
 
-    from pipetrain.training.build import build_recipe, open_data
+    from pipetrain.training.build import build_recipe
+    from pipetrain.training.data import open_data
 
     cfg = settings(eval=EvalConfig(every=6))
     run(tmp_path, "run", 3, cfg)

@@ -23,7 +23,7 @@ from pipetrain.models.amoebanet.droppath import DropPathSchedule
 from pipetrain.models.amoebanet.genotype import GENOTYPES, CellGenotype, Genotype
 from pipetrain.models.amoebanet.heads import AuxiliaryHead, Classifier, Stem, loss_sum
 from pipetrain.models.amoebanet.operations import Norm
-from pipetrain.models.losses import count_targets
+from pipetrain.models.losses import ACCURACY, count_targets
 from pipetrain.models.recipe import LayerRecipe, Recipe, Value
 
 NUM_STACKS = 3
@@ -102,7 +102,7 @@ def amoebanet(
     classifier = partial(Classifier, cells[-1].channels_out, num_classes, dropout)
     recipes.append(LayerRecipe("classifier", classifier, (Value(cells[-1].name, 0), *aux_logits)))
     loss = partial(loss_sum, label_smoothing=label_smoothing, aux_weight=aux_weight)
-    return Recipe(tuple(recipes), loss_sum=loss, count=count_targets)
+    return Recipe(tuple(recipes), loss_sum=loss, count=count_targets, measures=ACCURACY)
 
 
 def _build_cell(cell: _PlannedCell, norm: Norm, drop_path: DropPathSchedule) -> Cell:

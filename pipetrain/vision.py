@@ -12,8 +12,8 @@ _NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _OPERATORS = {"torchvision::nms": _NMS, "torchvision::qnms": _NMS}
 
 
-def import_torchvision() -> ModuleType:
-    """The package torchvision.
+def import_torchvision(name: str = "torchvision") -> ModuleType:
+    """The package torchvision, or a module of it.
 
     A torchvision built for CUDA fails on a CPU torch for want of operators that only detection needs. They are
     declared then, never before: a sound torchvision defines them itself and would fail on a second definition.
@@ -21,7 +21,7 @@ def import_torchvision() -> ModuleType:
     declared: list[str] = []
     while True:
         try:
-            return importlib.import_module("torchvision")
+            return importlib.import_module(name)
         except RuntimeError as error:
             missing = next((name for name in _OPERATORS if name in str(error) and name not in declared), None)
             if missing is None:

@@ -1,0 +1,1 @@
+"""Images with class labels: the sets, how they are read, and batches of them."""
