@@ -118,7 +118,7 @@ class ImagesConfig(DataConfig):
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    name: str = setting("adamw | adam | sgd | adafactor", "???")
+    name: str = setting("adamw | adam | sgd | adafactor | rmsprop", "???")
     lr: float = setting("peak learning rate", 1e-3)
     weight_decay: float = setting("decay of matrices; vectors (biases, norms) are never decayed", 0.0)
 
@@ -139,6 +139,13 @@ class SgdConfig(OptimizerConfig):
 class AdafactorConfig(OptimizerConfig):
     beta2_decay: float = setting("exponent of the second moment's decay", -0.8)
     clip_threshold: float = setting("root mean square to which an update is clipped", 1.0)
+
+
+@dataclass(kw_only=True)
+class RmspropConfig(OptimizerConfig):
+    decay: float = setting("decay of the second moment", 0.9)
+    momentum: float = setting("momentum, 0 = none", 0.9)
+    eps: float = setting("added to the root of the second moment", 1.0)
 
 
 @dataclass(kw_only=True)
@@ -204,7 +211,13 @@ class Config:
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {"transformer": TransformerConfig, "amoebanet": AmoebaNetConfig, "anything": AnythingConfig},
     "data": {"text": TextConfig, "synthetic": SyntheticConfig, "images": ImagesConfig},
-    "optimizer": {"adamw": AdamConfig, "adam": AdamConfig, "sgd": SgdConfig, "adafactor": AdafactorConfig},
+    "optimizer": {
+        "adamw": AdamConfig,
+        "adam": AdamConfig,
+        "sgd": SgdConfig,
+        "adafactor": AdafactorConfig,
+        "rmsprop": RmspropConfig,
+    },
 }
 
 

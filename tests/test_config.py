@@ -14,6 +14,7 @@ from pipetrain.config import (
     Config,
     ImagesConfig,
     LrRuleConfig,
+    RmspropConfig,
     SgdConfig,
     SyntheticConfig,
     TextConfig,
@@ -75,6 +76,10 @@ def images(**changes: Any) -> dict[str, Any]:
 
 def amoebanet(**changes: Any) -> dict[str, Any]:
     return {"model": AmoebaNetConfig(**changes), "data": SyntheticConfig()}
+
+
+def rmsprop(**changes: float) -> dict[str, Any]:
+    return {"optimizer": RmspropConfig(name="rmsprop", **changes)}
 
 
 BAD = [
@@ -218,6 +223,9 @@ BAD = [
         "clip_threshold=0.5 must be at least 1",
     ),
     ({"optimizer": AdafactorConfig(name="adafactor", beta2_decay=0.5)}, "optimizer.beta2_decay=0.5 must be 0 or less"),
+    (rmsprop(decay=1.0), "optimizer.decay=1.0 must be at least 0 and below 1; 0.9 is common"),
+    (rmsprop(momentum=-0.1), "optimizer.momentum=-0.1 must be at least 0 and below 1; 0.9 is common"),
+    (rmsprop(eps=0.0), "optimizer.eps=0.0 must be greater than 0 and finite; 1.0 is the recipe's"),
     ({"steps": None}, "steps=null and epochs=null leave open how long to train; type steps=300 or epochs=1"),
     ({"epochs": 3}, "steps=10 and epochs=3 are both set: type steps=null epochs=3, or epochs=null steps=10"),
 ]
@@ -283,7 +291,12 @@ def test_micro_batches_of_a_model_with_batchnorm_have_four_samples(
 
 @pytest.mark.parametrize(
     "optimizer",
-    [AdamConfig(name="adam", betas=[0.5, 0.6]), SgdConfig(name="sgd", momentum=0.9), AdafactorConfig(name="adafactor")],
+    [
+        AdamConfig(name="adam", betas=[0.5, 0.6]),
+        SgdConfig(name="sgd", momentum=0.9),
+        AdafactorConfig(name="adafactor"),
+        RmspropConfig(name="rmsprop", decay=0.8),
+    ],
 )
 def test_json_round_trip(optimizer: config.OptimizerConfig) -> None:
     cfg = settings(optimizer=optimizer, balance=[1, 2], devices=["cpu", "cpu"], logit_clip=3.0, eval__every=7)

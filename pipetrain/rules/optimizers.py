@@ -1,6 +1,6 @@
 """The rules about each optimizer's settings."""
 
-from pipetrain.config import AdafactorConfig, AdamConfig, OptimizerConfig, SgdConfig
+from pipetrain.config import AdafactorConfig, AdamConfig, OptimizerConfig, RmspropConfig, SgdConfig
 
 
 def check_optimizer(optimizer: OptimizerConfig, problems: list[str]) -> None:
@@ -21,3 +21,12 @@ def check_optimizer(optimizer: OptimizerConfig, problems: list[str]) -> None:
             problems.append(f"optimizer.clip_threshold={optimizer.clip_threshold} must be at least 1")
         if not optimizer.beta2_decay <= 0:
             problems.append(f"optimizer.beta2_decay={optimizer.beta2_decay} must be 0 or less; -0.8 is common")
+    if isinstance(optimizer, RmspropConfig):
+        for key in ("decay", "momentum"):
+            if not 0 <= getattr(optimizer, key) < 1:
+                problems.append(
+                    f"optimizer.{key}={getattr(optimizer, key)} must be at least 0 and below 1; 0.9 is common"
+                )
+        # Without it a gradient of zero would be divided by zero.
+        if not 0 < optimizer.eps < float("inf"):
+            problems.append(f"optimizer.eps={optimizer.eps} must be greater than 0 and finite; 1.0 is the recipe's")

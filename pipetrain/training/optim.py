@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from pipetrain.config import AdafactorConfig, AdamConfig, LrRuleConfig, OptimizerConfig, SgdConfig
+from pipetrain.config import AdafactorConfig, AdamConfig, LrRuleConfig, OptimizerConfig, RmspropConfig, SgdConfig
 
 
 def build_optimizer(cfg: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -25,6 +25,8 @@ def build_optimizer(cfg: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
         return kind(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
     if isinstance(cfg, SgdConfig):
         return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=True)
+    if isinstance(cfg, RmspropConfig):
+        return torch.optim.RMSprop(groups, lr=cfg.lr, alpha=cfg.decay, eps=cfg.eps, momentum=cfg.momentum)
     assert isinstance(cfg, AdafactorConfig)
     return torch.optim.Adafactor(groups, lr=cfg.lr, beta2_decay=cfg.beta2_decay, d=cfg.clip_threshold)
 

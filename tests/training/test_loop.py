@@ -53,7 +53,7 @@ def test_float64_is_all_float64_and_resumes(tmp_path: Path) -> None:
     assert_same(saved(tmp_path, "halves", 6), tensors)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "adafactor", "rmsprop"])
 def test_every_optimizer_resumes_on_another_number_of_stages(tmp_path: Path, optimizer: str) -> None:
     from pipetrain.config import SCHEMAS
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipetrain.config import AdafactorConfig, AdamConfig, LrRuleConfig, OptimizerConfig, SgdConfig
+from pipetrain.config import AdafactorConfig, AdamConfig, LrRuleConfig, OptimizerConfig, RmspropConfig, SgdConfig
 from pipetrain.training.optim import build_optimizer, clip_gradients, learning_rate
 
 
@@ -15,6 +15,7 @@ from pipetrain.training.optim import build_optimizer, clip_gradients, learning_r
         (AdamConfig(name="adam"), torch.optim.Adam),
         (SgdConfig(name="sgd", momentum=0.9, nesterov=True), torch.optim.SGD),
         (AdafactorConfig(name="adafactor"), torch.optim.Adafactor),
+        (RmspropConfig(name="rmsprop"), torch.optim.RMSprop),
     ],
 )
 def test_each_name_is_torchs_optimizer(cfg: OptimizerConfig, kind: type) -> None:
@@ -33,6 +34,21 @@ def test_matrices_are_decayed_and_vectors_are_not() -> None:
     decayed, plain = optimizer.param_groups
     assert [p is layer.weight for p in decayed["params"]] == [True]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+
+
+def test_rmsprop_is_the_formula_with_these_values() -> None:
+    """m <- decay m + (1 - decay) g^2; b <- momentum b + g / (sqrt(m) + eps); w <- w - lr b."""
+    weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    cfg = RmspropConfig(name="rmsprop", lr=0.1, decay=0.8, momentum=0.5, eps=0.3, weight_decay=9.0)  # none for vectors
+    optimizer = build_optimizer(cfg, {"weight": weight})
+    expected, moment, momentum = weight.detach().clone(), torch.zeros(2), torch.zeros(2)
+    for gradient in (torch.tensor([0.5, 4.0]), torch.tensor([-1.0, 0.0]), torch.tensor([2.0, 1.0])):
+        weight.grad = gradient.double()
+        optimizer.step()
+        moment = 0.8 * moment + 0.2 * gradient.double() ** 2
+        momentum = 0.5 * momentum + gradient.double() / (moment.sqrt() + 0.3)
+        expected -= 0.1 * momentum
+        torch.testing.assert_close(weight.detach(), expected)
 
 
 def test_frozen_parameters_and_stages_without_parameters_are_fine() -> None:
