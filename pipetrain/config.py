@@ -150,10 +150,14 @@ class RmspropConfig(OptimizerConfig):
 
 @dataclass(kw_only=True)
 class LrRuleConfig:
-    name: str = setting("constant | linear | cosine | inverse_sqrt, each after a linear warm-up", "constant")
+    name: str = setting(
+        "constant | linear | cosine | inverse_sqrt | exponential, each after a linear warm-up", "constant"
+    )
     warmup_steps: int = setting("steps of linear warm-up from 0 to the peak", 0)
     decay_steps: int | None = setting("linear, cosine: the step at which the end is reached", None)
-    end_fraction: float = setting("linear, cosine: final learning rate as a share of the peak", 0.0)
+    end_fraction: float = setting("linear, cosine, exponential: lowest learning rate as a share of the peak", 0.0)
+    decay_factor: float | None = setting("exponential: what the learning rate is multiplied by again and again", None)
+    decay_every: int | None = setting("exponential: steps between two multiplications", None)
 
 
 @dataclass(kw_only=True)

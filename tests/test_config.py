@@ -51,6 +51,7 @@ def settings(**changes: Any) -> Config:
         {"threads": "auto"},
         {"logit_clip": 5.0, "grad_clip": None, "logit_clip_kind": "soft"},
         {"lr_rule": LrRuleConfig(name="cosine", warmup_steps=2, decay_steps=10)},
+        {"lr_rule": LrRuleConfig(name="exponential", decay_factor=0.97, decay_every=5, end_fraction=1e-4)},
         {"data__tokenizer": "sentencepiece", "data__vocab_size": 100},
         {"data__valid_fraction": 0.0, "data__test_fraction": 0.0},
         {"micro_batches": 16, "batch_size": 16},
@@ -76,6 +77,10 @@ def images(**changes: Any) -> dict[str, Any]:
 
 def amoebanet(**changes: Any) -> dict[str, Any]:
     return {"model": AmoebaNetConfig(**changes), "data": SyntheticConfig()}
+
+
+def exponential(**changes: Any) -> dict[str, Any]:
+    return {"lr_rule": LrRuleConfig(**({"name": "exponential", "decay_factor": 0.9, "decay_every": 2} | changes))}
 
 
 def rmsprop(**changes: float) -> dict[str, Any]:
@@ -169,6 +174,18 @@ BAD = [
         "lr_rule.decay_steps=5 must be greater than lr_rule.warmup_steps=5",
     ),
     ({"lr_rule__decay_steps": 5}, "lr_rule.decay_steps=5 means nothing to lr_rule=constant; use lr_rule=cosine"),
+    ({"lr_rule__end_fraction": 0.1}, "lr_rule.end_fraction=0.1 means nothing to lr_rule=constant; use lr_rule=cosine"),
+    (
+        {"lr_rule__decay_factor": 0.5},
+        "lr_rule.decay_factor=0.5 means nothing to lr_rule=constant; use lr_rule=exponential, or leave it out",
+    ),
+    ({"lr_rule__decay_every": 3}, "lr_rule.decay_every=3 means nothing to lr_rule=constant; use lr_rule=exponential"),
+    (exponential(decay_steps=9), "lr_rule.decay_steps=9 means nothing to lr_rule=exponential; use lr_rule=cosine or"),
+    (exponential(decay_factor=None), "lr_rule.decay_factor=null must be above 0 and at most 1 for lr_rule=exponential"),
+    (exponential(decay_factor=1.5), "lr_rule.decay_factor=1.5 must be above 0 and at most 1 for lr_rule=exponential"),
+    (exponential(decay_every=0), "lr_rule.decay_every=0 must be at least 1 for lr_rule=exponential: the steps between"),
+    (exponential(decay_every=None), "lr_rule.decay_every=null must be at least 1 for lr_rule=exponential"),
+    (exponential(end_fraction=2.0), "lr_rule.end_fraction=2.0 must be at most 1; 1e-4 is the ImageNet recipe's"),
     ({"devices": 0}, "devices=0 must be at least 1"),
     (
         {"devices": 2, "partitions": 3},

@@ -20,6 +20,7 @@ from pipetrain.config import (
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError
 from pipetrain.rules.data import check_images, check_synthetic, check_text
+from pipetrain.rules.lr_rules import LR_RULES, check_lr_rule
 from pipetrain.rules.models import check_amoebanet, check_anything, check_transformer
 from pipetrain.rules.optimizers import check_optimizer
 from pipetrain.rules.words import plain, shown
@@ -37,7 +38,6 @@ GENOTYPES = ("D", "B")
 STEMS = ("imagenet", "small")
 _FIXED = ("model", "data", "batch_size", "seed", "logit_clip", "logit_clip_kind", "optimizer.name")  # in a resumed run
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-LR_RULES = ("constant", "linear", "cosine", "inverse_sqrt")
 
 
 def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
@@ -56,6 +56,7 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
     for check_part in (check_text, check_synthetic, check_images, check_transformer, check_anything, check_amoebanet):
         check_part(cfg, problems)
     check_optimizer(cfg.optimizer, problems)
+    check_lr_rule(cfg, problems)
     if cfg.steps is not None and cfg.epochs is not None:
         problems.append(
             f"steps={cfg.steps} and epochs={cfg.epochs} are both set: type steps=null epochs={cfg.epochs}, "
@@ -139,22 +140,6 @@ def _check_choices(cfg: Config, problems: list[str]) -> None:
     for key, value, allowed in choices:
         if value not in allowed:
             problems.append(f"{key}={value}: no such choice. {one_of(value, allowed)}")
-    if cfg.lr_rule.name in ("linear", "cosine"):
-        if cfg.lr_rule.decay_steps is None:
-            problems.append(
-                f"lr_rule={cfg.lr_rule.name} needs lr_rule.decay_steps, the step at which the decay ends"
-                + (f"; try lr_rule.decay_steps={cfg.steps}" if cfg.steps else "")
-            )
-        elif cfg.lr_rule.decay_steps <= cfg.lr_rule.warmup_steps:
-            problems.append(
-                f"lr_rule.decay_steps={cfg.lr_rule.decay_steps} must be greater than "
-                f"lr_rule.warmup_steps={cfg.lr_rule.warmup_steps}"
-            )
-    elif cfg.lr_rule.decay_steps is not None:
-        problems.append(
-            f"lr_rule.decay_steps={cfg.lr_rule.decay_steps} means nothing to lr_rule={cfg.lr_rule.name}; "
-            "use lr_rule=cosine or lr_rule=linear, or leave it out"
-        )
 
 
 def _check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems: list[str]) -> None:

@@ -35,7 +35,8 @@ def learning_rate(peak: float, rule: LrRuleConfig, step: int) -> float:
     """The learning rate of the update after mini-batch `step` (0, 1, ...).
 
     It never depends on how many steps the run has, so that a finished run can go on. inverse_sqrt: Vaswani et al. 2017,
-    section 5.3, scaled to reach the peak at the end of the warm-up.
+    section 5.3, scaled to reach the peak at the end of the warm-up. exponential: the stairs of the TensorFlow code of
+    Real et al. 2019 (model_builder.py), which counts them from the first step; here they begin behind the warm-up.
     """
     if step < rule.warmup_steps:
         return peak * (step + 1) / rule.warmup_steps
@@ -43,6 +44,11 @@ def learning_rate(peak: float, rule: LrRuleConfig, step: int) -> float:
         return peak
     if rule.name == "inverse_sqrt":
         return peak * math.sqrt(max(rule.warmup_steps, 1) / (step + 1))
+    if rule.name == "exponential":
+        assert rule.decay_factor is not None
+        assert rule.decay_every is not None
+        stairs = (step - rule.warmup_steps) // rule.decay_every
+        return peak * max(rule.decay_factor**stairs, rule.end_fraction)
     assert rule.decay_steps is not None
     progress = min(1.0, (step - rule.warmup_steps) / (rule.decay_steps - rule.warmup_steps))
     left = 1 - progress if rule.name == "linear" else (1 + math.cos(math.pi * progress)) / 2

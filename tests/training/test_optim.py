@@ -71,6 +71,12 @@ def test_linear_and_cosine_end_where_they_are_told_to() -> None:
     assert rates(cosine, [0, 5, 10, 99]) == pytest.approx([2.0, 1.0, 0.0, 0.0])
 
 
+def test_exponential_goes_down_in_stairs_to_its_floor() -> None:
+    rule = LrRuleConfig(name="exponential", warmup_steps=4, decay_factor=0.5, decay_every=3, end_fraction=0.2)
+    steps = [0, 1, 3, 4, 6, 7, 9, 10, 12, 13, 9999]
+    assert rates(rule, steps) == [0.5, 1.0, 2.0, 2.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.4, 0.4]
+
+
 def test_inverse_square_root_reaches_the_peak_at_the_end_of_the_warm_up() -> None:
     """Vaswani et al. 2017: proportional to min(step^-0.5, step * warmup^-1.5), steps counted from 1."""
     rule = LrRuleConfig(name="inverse_sqrt", warmup_steps=100)
