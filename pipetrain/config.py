@@ -204,6 +204,9 @@ class Config:
     grad_clip: float | None = setting("largest global gradient norm; null = off", 1.0)
     optimizer: OptimizerConfig = setting("the optimizer", "???")
     lr_rule: LrRuleConfig = setting("the learning rate's course over the steps", "???")
+    ema: float | None = setting(
+        "decay of a moving average of the weights, which evaluation sees; 0.9999 is common, null = off", None
+    )
     log_every: int = setting("steps between two lines of the log", 10)
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "evaluation"})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={"help": "checkpoints"})

@@ -64,6 +64,8 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
         )
     elif cfg.steps is None and cfg.epochs is None:
         problems.append("steps=null and epochs=null leave open how long to train; type steps=300 or epochs=1")
+    if cfg.ema is not None and not 0 < cfg.ema < 1:
+        problems.append(f"ema={cfg.ema} must be above 0 and below 1; 0.9999 is common, null is off")
     if not _NAME.fullmatch(cfg.name):
         problems.append(
             f"name={cfg.name} must be a plain folder name of letters, digits, '.', '-' and '_', such as name=first"

@@ -23,6 +23,7 @@ from pipetrain.training import checkpoint, state, status
 from pipetrain.training.build import balance_of, build_recipe, build_runtime, ties_of
 from pipetrain.training.console import Console
 from pipetrain.training.data import open_data, part_of_batch
+from pipetrain.training.ema import WeightAverage
 from pipetrain.training.evaluate import Evaluator
 from pipetrain.training.job import Job
 from pipetrain.training.memory import memory_advice
@@ -95,10 +96,7 @@ class Trainer:
         self.optimizer = build_optimizer(cfg.optimizer, self.runtime.own_parameters)
         self.data = open_data(cfg, job.data, "train")
         self.last_step = cfg.steps or (cfg.epochs or 0) * self.data.num_batches
-        if job.checkpoint is not None:
-            reader = checkpoint.Reader(job.checkpoint)
-            state.restore(reader, self.runtime, self.optimizer, self.ties)
-            self.step = reader.manifest.step
+        self.average = self._start()
         self.recorder = self._recorder() if job.record else None
         last = transport.num_ranks - 1
         self._batch = partial(part_of_batch, cfg, device, first=transport.rank == 0, last=transport.rank == last)
@@ -115,6 +113,19 @@ class Trainer:
                 self.console.say(line)
             self.metrics = Metrics(job.run, self.console, compared_settings(cfg, balance), self.step)
             self.metrics.text("config", f"```json\n{config.to_json(cfg)}\n```")
+
+    def _start(self) -> WeightAverage | None:
+        """Gives all that is trained its first values; returns the average of the weights, if there is to be one."""
+        reader = checkpoint.Reader(self.job.checkpoint) if self.job.checkpoint is not None else None
+        if reader is not None:
+            state.restore(reader, self.runtime, self.optimizer, self.ties)
+            self.step = reader.manifest.step
+        if self.cfg.ema is None:
+            return None
+        average = WeightAverage(self.cfg.ema, self.runtime.own_parameters)
+        if reader is not None:
+            state.restore_average(reader, average, self.ties)
+        return average
 
     # ---- the loop --------------------------------------------------------------------------------------------
 
@@ -173,6 +184,8 @@ class Trainer:
             self.recorder.after_clipping(self.runtime.parameters)
         set_learning_rate(self.optimizer, learning_rate(self.cfg.optimizer.lr, self.cfg.lr_rule, self.step))
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.step + 1)
 
     def _explain_non_finite(self, report: StepReport, inputs: Tensors | None, targets: Tensors | None) -> None:
         """Repeats the forwards of the failed step, which gives the same numbers, and looks where it began."""
@@ -211,15 +224,16 @@ class Trainer:
     def _record(self, report: StepReport) -> None:
         if self.recorder is None:
             return
+        saved = state.collect(self.runtime, self.optimizer, self.ties, self.average)
         prefix = "optimizer/"
-        saved = state.collect(self.runtime, self.optimizer, self.ties)
+        averages = {f"{name.removeprefix('ema/')}/ema": saved[name] for name in saved if name.startswith("ema/")}
         self.recorder.write(
             self.step,
             loss=report.loss_sum / report.count,
             norm=report.grad_norm,
             parameters=self.runtime.parameters,
             buffers={name: buffer for stage in self.runtime.stages.values() for name, buffer in stage.named_buffers()},
-            optimizer={name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)},
+            optimizer={name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)} | averages,
         )
 
     def _log(self, report: StepReport, step_s: float, last: bool) -> None:
@@ -243,9 +257,11 @@ class Trainer:
         self._write_status("running", None)
 
     def _evaluate(self) -> None:
-        values, self._requests = self.evaluator.run(
-            open_data(self.cfg, self.job.data, "valid"), self.cfg.eval.batches, lambda: float(self.signals.request)
-        )
+        data = open_data(self.cfg, self.job.data, "valid")
+        with self.average.as_weights() if self.average is not None else contextlib.nullcontext():
+            values, self._requests = self.evaluator.run(
+                data, self.cfg.eval.batches, lambda: float(self.signals.request)
+            )
         if values and isinstance(self.job.data, TokenFolder):
             tokens, mean = self.job.data, values["loss/val"]
             values["val/perplexity"] = math.exp(min(mean, 700.0))
@@ -258,7 +274,7 @@ class Trainer:
     def _save(self) -> None:
         checkpoint.save(
             self.job.run.checkpoints,
-            state.collect(self.runtime, self.optimizer, self.ties),
+            state.collect(self.runtime, self.optimizer, self.ties, self.average),
             self.transport,
             step=self.step,
             config=dataclasses.asdict(self.cfg),

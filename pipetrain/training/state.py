@@ -1,4 +1,4 @@
-"""What a checkpoint holds of one stage: weights, buffers and optimizer state, by names of the unsplit model.
+"""What a checkpoint holds of one stage by names of the unsplit model: weights, their average, buffers, optimizer state.
 
 A tied parameter is stored once, under the name of its first use, with the state that belongs to it; every use is
 restored from there.
@@ -13,9 +13,12 @@ from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.tied import Tie
 from pipetrain.errors import CheckpointError
 from pipetrain.training.checkpoint import Reader
+from pipetrain.training.ema import WeightAverage
 
 
-def collect(runtime: Runtime, optimizer: torch.optim.Optimizer, ties: Sequence[Tie]) -> dict[str, Tensor]:
+def collect(
+    runtime: Runtime, optimizer: torch.optim.Optimizer, ties: Sequence[Tie], average: WeightAverage | None = None
+) -> dict[str, Tensor]:
     """The tensors that this rank writes."""
     later_uses = {name for tie in ties for name, _ in tie.uses[1:]}
     tensors: dict[str, Tensor] = {}
@@ -28,6 +31,8 @@ def collect(runtime: Runtime, optimizer: torch.optim.Optimizer, ties: Sequence[T
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
+        if average is not None and name in average.values:
+            tensors[f"ema/{name}"] = average.values[name]
     return tensors
 
 
@@ -38,7 +43,7 @@ def restore(reader: Reader, runtime: Runtime, optimizer: torch.optim.Optimizer, 
     Raises:
         CheckpointError: if a tensor is missing or has another shape.
     """
-    stored_as = {name: tie.uses[0][0] for tie in ties for name, _ in tie.uses}
+    stored_as = _stored_as(ties)
     buffers = {name: b for stage in runtime.stages.values() for name, b in stage.named_buffers()}
     for name, tensor in {**runtime.own_parameters, **buffers}.items():
         stored = reader.get(f"model/{stored_as.get(name, name)}")
@@ -48,6 +53,23 @@ def restore(reader: Reader, runtime: Runtime, optimizer: torch.optim.Optimizer, 
             )
         tensor.copy_(stored)
     _restore_optimizer(reader, runtime.own_parameters, optimizer, stored_as)
+
+
+def restore_average(reader: Reader, average: WeightAverage, ties: Sequence[Tie]) -> None:
+    """Fills the average of the weights; one that was switched on for a resumed run goes on from the weights.
+
+    Raises:
+        CheckpointError: if the average of a parameter is missing.
+    """
+    stored_as = _stored_as(ties)
+    if reader.names("ema/"):
+        for name, value in average.values.items():
+            value.copy_(reader.get(f"ema/{stored_as.get(name, name)}"))
+
+
+def _stored_as(ties: Sequence[Tie]) -> dict[str, str]:
+    """Each use of a tied parameter -> the first one."""
+    return {name: tie.uses[0][0] for tie in ties for name, _ in tie.uses}
 
 
 def _restore_optimizer(
