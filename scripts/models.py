@@ -31,10 +31,10 @@ from pipetrain.engine.tied import Tie
 from pipetrain.models import BATCH, Recipe
 from pipetrain.models.anything import anything
 from pipetrain.models.losses import cross_entropy_sum
-from pipetrain.vision import import_torchvision
 from pipetrain.partition.split import build_layer, dataflow_of, stages_of_ties, take_stage
 from pipetrain.schedule import build
 from pipetrain.sim.balance import even
+from pipetrain.vision import import_torchvision
 
 CPU = torch.device("cpu")
 SEED, MICRO_BATCHES, BATCH_SIZE, CLASSES = 0, 2, 4, 1000

@@ -42,12 +42,16 @@ def followers(ties: Sequence[Tie], parameters: dict[str, nn.Parameter]) -> set[s
 def sum_gradients(
     ties: Sequence[Tie], parameters: dict[str, nn.Parameter], placement: Sequence[int], transport: Transport
 ) -> None:
-    """Gives every use the sum of the gradients of all uses; blocks until all ranks that have one take part."""
+    """Gives every use the sum of the gradients of all uses, or none if none has one; all ranks take part."""
+    if not ties:
+        return
+    uses_here = [[parameters[name] for name, _ in tie.uses if name in parameters] for tie in ties]
+    with_gradient = [float(any(use.grad is not None for use in uses)) for uses in uses_here]
+    exists = transport.all_reduce(torch.tensor(with_gradient, dtype=torch.float64))
     sent: list[Sent] = []
-    for number, tie in enumerate(ties):
+    for number, (tie, here) in enumerate(zip(ties, uses_here, strict=True)):
         ranks = sorted({placement[stage] for _, stage in tie.uses})
-        here = [parameters[name] for name, _ in tie.uses if name in parameters]
-        if transport.rank not in ranks or not here[0].requires_grad:
+        if transport.rank not in ranks or not exists[number]:
             continue
         shape, dtype = here[0].shape, here[0].dtype
         letters: dict[str, Posted] = {}

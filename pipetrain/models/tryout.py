@@ -14,6 +14,7 @@ from pipetrain.models.whole import WithoutMemory
 from pipetrain.seeds import seeded
 
 _LARGEST_COMPARED = 1 << 26  # elements
+_LARGEST_TRIED = 1 << 28  # parameters: a gigabyte
 
 
 class DoesNotFit(ConfigError):
@@ -31,13 +32,15 @@ class _Failed(Exception):
 def try_out(recipe: Recipe, inputs: Tensors, targets: Tensors) -> None:
     """Runs the layers and the loss on one micro-batch.
 
-    The layers on tensors without values, which takes neither memory nor time. A model that looks at values cannot run
-    so: it is let pass. Any other failure is only believed when it happens with values, too.
+    The layers on tensors without values, which takes neither memory nor time. What fails there is tried again with
+    values, and only believed if that fails, too: a model may look at values. A model too large for that is let pass if
+    it is only the want of values that it fails for.
 
     Raises:
         DoesNotFit: naming the first layer that fails.
         ConfigError: naming the loss that fails, or the layer behind which no gradient is left.
     """
+    layers: list[nn.Module] = []
     try:
         with seeded(0), WithoutMemory():
             layers = _built(recipe, "meta")
@@ -45,14 +48,16 @@ def try_out(recipe: Recipe, inputs: Tensors, targets: Tensors) -> None:
             output, ends_at = _run(recipe, layers, tuple(tensor.to("meta") for tensor in inputs))
         _run_loss(recipe, tree_map(_with_values, output), targets, ends_at)
     except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, NotImplementedError) or "meta" in str(cause).lower():
-            return
+        if sum(p.numel() for layer in layers for p in layer.parameters()) > _LARGEST_TRIED:
+            cause = error.__cause__ or error
+            if isinstance(cause, NotImplementedError) or "meta" in str(cause).lower():
+                return
+            raise error.kind(str(error)) if isinstance(error, _Failed) else error
     else:
         return
     try:
         with seeded(0):
-            output, ends_at = _run(recipe, _built(recipe, "cpu"), inputs)
+            output, ends_at = _run(recipe, _built(recipe, "cpu"), tuple(tensor.clone() for tensor in inputs))
             _run_loss(recipe, output, targets, ends_at)
     except _Failed as error:
         raise error.kind(str(error)) from error.__cause__

@@ -255,6 +255,9 @@ def test_behind_a_detach_there_is_no_gradient_and_not_one_of_zeros() -> None:
         "layer3.weight",
         "layer3.bias",
     ]
+    tied_before_it = replace(frozen_by_detach, layers=(LayerRecipe("first", linear), *frozen_by_detach.layers))
+    tied_before_it = replace(tied_before_it, ties=((("first", "weight"), ("layer0", "weight")),))
+    assert_every_cut_is_plain(tied_before_it)
     one_of_two_ways = recipe_of(
         LayerRecipe("stem", linear),
         LayerRecipe("left", linear, takes=(Value("stem"),)),

@@ -258,13 +258,28 @@ def test_a_target_that_the_output_has_no_class_for_is_found() -> None:
         try_out(recipe("users_models:build"), (X,), (Y + 5,))
 
 
-def test_a_model_that_looks_at_values_is_let_pass() -> None:
-    class Looks(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) if x.sum() > 0 else super().forward(-x)
+class Looks(nn.Linear):
+    """Cannot run without values."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(2)
+        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+
+def test_a_model_that_looks_at_values_is_tried_with_values_and_leaves_them_alone(monkeypatch: Any) -> None:
     made = Recipe((LayerRecipe("looks", lambda: Looks(4, 3)),), *find_loss("cross_entropy"))
+    before = X.clone()
     try_out(made, (X,), (Y,))
+    assert torch.equal(X, before)
+    wrong = Recipe((LayerRecipe("looks", lambda: Looks(5, 3)),), *find_loss("cross_entropy"))
+    with pytest.raises(ConfigError, match=r"layer looks fails on float32 \[2, 4\]"):
+        try_out(wrong, (X,), (Y,))
+    seen_twice = (LayerRecipe("looks", lambda: Looks(4, 4)), LayerRecipe("same", nn.Identity, takes=(Value(BATCH),)))
+    shared = Recipe(seen_twice, *find_loss("cross_entropy"))
+    with pytest.raises(ConfigError, match="layer looks changes a tensor in place that layer same also gets, from"):
+        try_out(shared, (X,), (Y,))
+    monkeypatch.setattr("pipetrain.models.tryout._LARGEST_TRIED", 1)
+    try_out(made, (X,), (Y,))  # too large to be tried with values
 
 
 class Aliased(nn.Module):
