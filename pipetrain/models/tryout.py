@@ -52,7 +52,9 @@ def try_out(recipe: Recipe, inputs: Tensors, targets: Tensors) -> None:
             cause = error.__cause__ or error
             if isinstance(cause, NotImplementedError) or "meta" in str(cause).lower():
                 return
-            raise error.kind(str(error)) if isinstance(error, _Failed) else error
+            if isinstance(error, _Failed):
+                raise error.kind(str(error)) from error.__cause__
+            raise
     else:
         return
     try:
