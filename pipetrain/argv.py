@@ -131,6 +131,8 @@ def _replay(run: Path, result: Words) -> None:
     if result.config_name is not None:
         raise ConfigError(f"resume takes its settings from the run; leave {result.config_name}.yaml out")
     typed = {mistakes.key_of(word) for word in result.overrides}
+    if "init_from" in typed:
+        raise ConfigError(f"resume={run} goes on with a run, init_from=RUN starts a new one: leave one of them out")
     saved: list[str] = _load(RunPaths(run).overrides) or []
     old = [word for word in saved if mistakes.key_of(word) not in {*typed, "resume"}]
     folder = [f"resume={quoted(str(run))}", f"hydra.run.dir={quoted(str(run))}", "hydra.mode=RUN"]

@@ -211,6 +211,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "evaluation"})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={"help": "checkpoints"})
     check: CheckConfig = field(default_factory=CheckConfig, metadata={"help": "comparison"})
+    init_from: str | None = setting("a run folder whose weights this run starts from, where names and shapes fit", None)
     resume: str | None = setting("a run folder to go on with", None)
 
 

@@ -33,6 +33,7 @@ from pipetrain.torchrun import Place
 from pipetrain.training import checkpoint, status
 from pipetrain.training.build import build_recipe
 from pipetrain.training.data import Prepared, open_data, prepare_data
+from pipetrain.training.init_from import find_start
 from pipetrain.training.job import Job
 from pipetrain.training.memory import ADVICE
 from pipetrain.worker import explain_failure, run_local_worker, run_torchrun_rank
@@ -83,7 +84,7 @@ def prepare(
     devices: tuple[str, ...] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Job:
-    """Checks every rule, prepares the data, and finds the checkpoint of a resumed run.
+    """Checks every rule, prepares the data, and finds the checkpoint of a resumed run or that of the run to start from.
 
     Args:
         num_gpus: GPUs of this machine.
@@ -92,7 +93,7 @@ def prepare(
 
     Raises:
         ConfigError: with all that is wrong with the settings by themselves, or the first rule that a fact breaks.
-        CheckpointError: if a run is to be resumed that has no usable checkpoint.
+        CheckpointError: if a run is to be resumed or to start from that has no usable checkpoint.
     """
     rules.check(cfg, num_gpus, len(devices) if devices is not None else None)
     if devices is None:
@@ -114,7 +115,9 @@ def prepare(
             raise ConfigError(f"{error}; or train without evaluation: eval.every=0") from error
     recipe = build_recipe(cfg, data)
     _check_model(cfg, recipe, data, len(devices))
-    job = Job(cfg, run, data, devices, found)
+    # A resumed run has its weights, whatever its first start took them from.
+    start = find_start(cfg.init_from, recipe, say) if cfg.init_from is not None and saved is None else None
+    job = Job(cfg, run, data, devices, found, start)
     if saved is not None and saved.data != job.data_id:
         path = getattr(cfg.data, "path", None)
         raise ConfigError(

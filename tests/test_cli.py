@@ -376,6 +376,16 @@ def test_resume_replays_the_run_in_its_folder(launch: Launch, tmp_path: Path) ->
     assert [mistakes.key_of(word) for word in saved] == ["model", "devices", "steps", "resume"]
 
 
+def test_resume_keeps_where_the_run_started_from_and_takes_no_new_one(
+    launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["init_from=runs/old", "hydra.run.dir=x"]) == 0
+    assert cli.main(["resume=x", "steps=7"]) == 0
+    assert launch.cfg.init_from == "runs/old"
+    assert cli.main(["resume=x", "init_from=runs/other"]) == Exit.BAD_SETTINGS
+    assert "goes on with a run, init_from=RUN starts a new one: leave one of them out" in capsys.readouterr().err
+
+
 def test_refused_resume_leaves_the_folder_as_it_was(launch: Launch, tmp_path: Path) -> None:
     assert cli.main(["hydra.run.dir=x"]) == 0
     before = files(tmp_path)

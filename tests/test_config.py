@@ -241,6 +241,10 @@ BAD = [
         "clip_threshold=0.5 must be at least 1",
     ),
     ({"optimizer": AdafactorConfig(name="adafactor", beta2_decay=0.5)}, "optimizer.beta2_decay=0.5 must be 0 or less"),
+    (
+        {"action": "check", "init_from": "runs/a"},
+        "action=check compares with plain PyTorch from the seed on: leave init_from out",
+    ),
     ({"ema": 1.0}, "ema=1.0 must be above 0 and below 1; 0.9999 is common, null is off"),
     ({"ema": 0.0}, "ema=0.0 must be above 0 and below 1; 0.9999 is common, null is off"),
     (rmsprop(decay=1.0), "optimizer.decay=1.0 must be at least 0 and below 1; 0.9 is common"),

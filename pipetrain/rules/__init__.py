@@ -74,6 +74,8 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
         problems.append("data.path= is empty: give a file or folder, or data.path=null for Python's own manual")
     if cfg.action == "check" and cfg.resume is not None:
         problems.append("action=check runs the first steps of the settings: leave resume out")
+    if cfg.action == "check" and cfg.init_from is not None:
+        problems.append("action=check compares with plain PyTorch from the seed on: leave init_from out")
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -275,6 +275,13 @@ class Reader:
         """The names that start with `prefix`."""
         return [name for name in self._home if name.startswith(prefix)]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor that is there, without reading it."""
+        return list(self._files[self._home[name]].get_slice(name).get_shape())
+
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU.
 

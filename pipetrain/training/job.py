@@ -21,6 +21,7 @@ class Job:
         data: what was found out about the data, see `training.data`.
         devices: one name for each rank.
         checkpoint: the verified checkpoint to go on from, or None.
+        start: the verified checkpoint of another run that gives the first weights, or None.
         record: keep all numbers of every step for a comparison, and print nothing.
     """
 
@@ -29,6 +30,7 @@ class Job:
     data: Prepared | None
     devices: tuple[str, ...]
     checkpoint: Path | None
+    start: Path | None = None
     record: bool = False
 
     @property
@@ -45,6 +47,7 @@ class Job:
                 "data": dataclasses.asdict(self.data) if self.data is not None else None,
                 "devices": self.devices,
                 "checkpoint": str(self.checkpoint) if self.checkpoint else None,
+                "start": str(self.start) if self.start else None,
                 "record": self.record,
             }
         )
@@ -60,5 +63,6 @@ class Job:
             data=prepared_from(cfg, raw["data"]),
             devices=tuple(raw["devices"]),
             checkpoint=Path(raw["checkpoint"]) if raw["checkpoint"] else None,
+            start=Path(raw["start"]) if raw["start"] else None,
             record=raw["record"],
         )

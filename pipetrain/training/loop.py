@@ -19,7 +19,7 @@ from pipetrain.engine.transport import Transport
 from pipetrain.errors import Exit, NonFiniteError, PipetrainError, StageFailed
 from pipetrain.partition.split import dataflow_of
 from pipetrain.schedule import Schedule, build_forward_only
-from pipetrain.training import checkpoint, state, status
+from pipetrain.training import checkpoint, init_from, state, status
 from pipetrain.training.build import balance_of, build_recipe, build_runtime, ties_of
 from pipetrain.training.console import Console
 from pipetrain.training.data import open_data, part_of_batch
@@ -120,6 +120,8 @@ class Trainer:
         if reader is not None:
             state.restore(reader, self.runtime, self.optimizer, self.ties)
             self.step = reader.manifest.step
+        elif self.job.start is not None:
+            init_from.load(checkpoint.Reader(self.job.start), self.runtime, self.ties)
         if self.cfg.ema is None:
             return None
         average = WeightAverage(self.cfg.ema, self.runtime.own_parameters)

@@ -4,7 +4,7 @@ A tied parameter is stored once, under the name of its first use, with the state
 restored from there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,16 +43,16 @@ def restore(reader: Reader, runtime: Runtime, optimizer: torch.optim.Optimizer, 
     Raises:
         CheckpointError: if a tensor is missing or has another shape.
     """
-    stored_as = _stored_as(ties)
+    first_use = stored_as(ties)
     buffers = {name: b for stage in runtime.stages.values() for name, b in stage.named_buffers()}
     for name, tensor in {**runtime.own_parameters, **buffers}.items():
-        stored = reader.get(f"model/{stored_as.get(name, name)}")
+        stored = reader.get(f"model/{first_use.get(name, name)}")
         if stored.shape != tensor.shape:
             raise CheckpointError(
                 f"{name} is {list(stored.shape)} in the checkpoint, but {list(tensor.shape)} in the model"
             )
         tensor.copy_(stored)
-    _restore_optimizer(reader, runtime.own_parameters, optimizer, stored_as)
+    _restore_optimizer(reader, runtime.own_parameters, optimizer, first_use)
 
 
 def restore_average(reader: Reader, average: WeightAverage, ties: Sequence[Tie]) -> None:
@@ -61,14 +61,14 @@ def restore_average(reader: Reader, average: WeightAverage, ties: Sequence[Tie])
     Raises:
         CheckpointError: if the average of a parameter is missing.
     """
-    stored_as = _stored_as(ties)
+    first_use = stored_as(ties)
     if reader.names("ema/"):
         for name, value in average.values.items():
-            value.copy_(reader.get(f"ema/{stored_as.get(name, name)}"))
+            value.copy_(reader.get(f"ema/{first_use.get(name, name)}"))
 
 
-def _stored_as(ties: Sequence[Tie]) -> dict[str, str]:
-    """Each use of a tied parameter -> the first one."""
+def stored_as(ties: Iterable[Tie]) -> dict[str, str]:
+    """Each use of a tied parameter -> the first one, whose name a checkpoint has."""
     return {name: tie.uses[0][0] for tie in ties for name, _ in tie.uses}
 
 
@@ -76,14 +76,14 @@ def _restore_optimizer(
     reader: Reader,
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    stored_as: Mapping[str, str],
+    first_use: Mapping[str, str],
 ) -> None:
     name_of = {parameter: name for name, parameter in parameters.items()}
     state: dict[int, dict[str, Tensor]] = {}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(ordered):
         name = name_of[parameter]
-        prefix = f"optimizer/{stored_as.get(name, name)}/"
+        prefix = f"optimizer/{first_use.get(name, name)}/"
         values = {full.removeprefix(prefix): reader.get(full) for full in reader.names(prefix)}
         if values:
             state[index] = values

@@ -69,6 +69,7 @@ def run(
     cfg: Config,
     *,
     resume: bool = False,
+    start: Path | None = None,
     signals: Callable[[int], Signals] = lambda rank: Signals(),
 ) -> Exit:
     """Trains `cfg` on `stages` ranks in folder `name`."""
@@ -76,7 +77,7 @@ def run(
     paths.root.mkdir(exist_ok=True)
     found = checkpoint.find_usable(paths.checkpoints)[0] if resume else None
     data = tokens_of(tmp_path) if isinstance(cfg.data, TextConfig) else prepare_data(cfg, lambda text: None)
-    job = Job.from_json(Job(cfg, paths, data, ("cpu",) * stages, found).to_json())
+    job = Job.from_json(Job(cfg, paths, data, ("cpu",) * stages, found, start).to_json())
     codes = run_ranks(stages, lambda transport: train(job, transport, CPU, signals(transport.rank)))
     assert len(set(codes)) == 1
     return codes[0]
