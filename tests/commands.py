@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,16 @@ TESTS = Path(__file__).parent
 QUICK = [
     "model=transformer_tiny",
     "data.seq_len=16",
+    "log_every=1",
+    "eval.every=0",
+    "checkpoint.every=0",
+    "batch_size=8",
+]
+# Images, read by a process of their own.
+IMAGES = [
+    "model=amoebanet_tiny",
+    "model.filters=4",
+    "data.size=8",
     "log_every=1",
     "eval.every=0",
     "checkpoint.every=0",
@@ -95,7 +105,18 @@ def workers_of(run: Path) -> list[int]:
 
 
 def alive(pid: int) -> bool:
+    return _state_and_parent(pid)[0] not in ("", "Z")
+
+
+def children_of(pids: Sequence[int]) -> list[int]:
+    every = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in every if int(_state_and_parent(pid)[1] or 0) in pids]
+
+
+def _state_and_parent(pid: int) -> tuple[str, str]:
+    """Of a process that is gone two empty words."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        state, parent, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
+        return "", ""
+    return state, parent

@@ -11,7 +11,20 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import FOREVER, QUICK, Command, alive, numbers, rows, status, wait_for_steps, wait_until, workers_of
+from commands import (
+    FOREVER,
+    IMAGES,
+    QUICK,
+    Command,
+    alive,
+    children_of,
+    numbers,
+    rows,
+    status,
+    wait_for_steps,
+    wait_until,
+    workers_of,
+)
 from runs import assert_same
 from safetensors.torch import load_file
 from torch import Tensor
@@ -156,9 +169,10 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
     wait_until(lambda: not any(map(alive, pids)), timeout_s=5)
 
 
-def test_a_signal_to_the_whole_group_saves_too(command: Command) -> None:
-    """What `timeout`, schedulers and containers do."""
-    process = command.start(*FOREVER, "devices=2", start_new_session=True)
+@pytest.mark.parametrize("what", [FOREVER, [*IMAGES, "steps=100000"]], ids=["text", "images"])
+def test_a_signal_to_the_whole_group_saves_too(command: Command, what: list[str]) -> None:
+    """What `timeout`, schedulers and containers do. Processes that read images must not be hit."""
+    process = command.start(*what, "devices=2", start_new_session=True)
     run = wait_for_steps(command)
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
@@ -205,6 +219,32 @@ def test_no_orphans_after_sigkill_of_the_parent(command: Command) -> None:
     process.kill()
     process.communicate(timeout=5)  # returns when nobody holds the pipes any more
     wait_until(lambda: not any(map(alive, pids)), timeout_s=5)
+
+
+def test_processes_that_read_images_go_with_the_run(command: Command) -> None:
+    process = command.start(*IMAGES, "steps=100000", "devices=2", "data.workers=2", start_new_session=True)
+    run = wait_for_steps(command)
+    first, last = workers_of(run)
+    readers = children_of([first])
+    assert len(readers) == 2
+    assert not children_of([last]), "the last stage reads class numbers only"
+    process.kill()
+    process.communicate(timeout=5)
+    wait_until(lambda: not any(map(alive, [first, last, *readers])), timeout_s=5)
+
+
+def test_images_give_the_same_bits_on_2_processes_and_after_a_resume_as_on_1(command: Command) -> None:
+    whole = command(*IMAGES, "steps=5", "devices=1", "name=whole", "eval.every=5")
+    assert whole.returncode == 0, whole.stderr
+    parts = command(*IMAGES, "steps=3", "devices=2", "name=parts", "data.workers=2")
+    assert parts.returncode == 0, parts.stderr
+    whole_run, parts_run = command.run_folder("runs/whole/*"), command.run_folder("runs/parts/*")
+    assert numbers(parts_run) == numbers(whole_run)[:3]
+    resumed = command(f"resume={parts_run}", "steps=5", "eval.every=5")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "val/accuracy" in resumed.stdout
+    assert numbers(parts_run) == numbers(whole_run)
+    assert_same(weights(parts_run), weights(whole_run))
 
 
 def test_sigterm_before_there_is_anything_to_save_is_143(command: Command) -> None:
