@@ -13,7 +13,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from launch_stub import Launch, files, launch  # noqa: F401
 
-from pipetrain import argv, cli, help, mistakes
+from pipetrain import argv, cli, help, mistakes, rules
 from pipetrain.config import (
     AdamConfig,
     AnythingConfig,
@@ -56,7 +56,10 @@ MISTAKES = [
     (["model=transformer_tni"], "Did you mean 'transformer_tiny'?"),
     (["model="], "model=: no such model. Choose one of: "),
     (["model=null"], "model=null: no such model. Choose one of: "),
-    (["experiment=nope"], "experiment=nope: no such experiment. Choose one of: deep, demo, scaling"),
+    (
+        ["experiment=nope"],
+        "experiment=nope: no such experiment. Choose one of: amoebanet_paper, deep, demo, fashion_mnist, scaling",
+    ),
     (["hydra/launcher=nope"], "Available options in 'hydra/launcher'"),
     (["micro_batches=four"], "micro_batches=four must be a whole number, or null"),
     (["steps=1.5"], "steps=1.5 must be a whole number"),
@@ -272,6 +275,15 @@ def test_experiment_wins_over_the_defaults(launch: Launch) -> None:
     assert (cfg.eval.every, cfg.checkpoint.every) == (20, 60)
     assert cli.main(["experiment=demo", "steps=7"]) == 0
     assert launch.cfg.steps == 7
+
+
+@pytest.mark.parametrize("experiment", ["amoebanet_paper", "fashion_mnist"])
+def test_experiments_on_images_need_nothing_but_their_path(experiment: str, launch: Launch) -> None:
+    assert cli.main([f"experiment={experiment}", "data.path=photos"]) == 0
+    rules.check(launch.cfg, num_gpus=0)
+    launch.cfg.data.path = None  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"needs data\.path, the folder that holds it"):
+        rules.check(launch.cfg, num_gpus=0)
 
 
 def test_experiments_name_their_command() -> None:
