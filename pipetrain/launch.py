@@ -26,7 +26,7 @@ from pipetrain import rules
 from pipetrain.config import AnythingConfig, Config, ImagesConfig, SyntheticConfig, num_microbatches
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit, PipetrainError
-from pipetrain.models import DoesNotFit, Recipe, try_out
+from pipetrain.models import DoesNotFit, Recipe, check_layers, try_out
 from pipetrain.paths import RunPaths
 from pipetrain.processes import Ended, run_workers
 from pipetrain.torchrun import Place
@@ -151,6 +151,7 @@ def _try_out(cfg: Config, recipe: Recipe, data: Prepared | None) -> None:
     inputs, targets = open_data(cfg, data, "train").batch(0)
     try:
         try_out(recipe, (inputs[:rows],), (targets[:rows],))
+        check_layers(recipe, (inputs[:rows],), (targets[:rows],))
     except ConfigError as error:
         remedy = _remedy(cfg, str(error)) if isinstance(error, DoesNotFit) else ""
         raise ConfigError(

@@ -9,6 +9,7 @@ kept out of this by `batchnorm`.)
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from pipetrain.errors import LayerError
@@ -41,8 +42,8 @@ class OwnBuffers:
         if not self._watched:
             self._watched = True
             is_changed = [
-                part._buffers[name] is not buffer or buffer._version != version
-                for (part, name, _), buffer, version in zip(old, new, versions, strict=True)
+                part._buffers[name] is not buffer or buffer._version != version or not torch.equal(buffer, before)
+                for (part, name, before), buffer, version in zip(old, new, versions, strict=True)
             ]
             for (part, name, buffer), changed in zip(old, is_changed, strict=True):
                 if not changed:

@@ -5,6 +5,7 @@ from typing import Any
 
 from pipetrain.models.amoebanet import amoebanet
 from pipetrain.models.anything import anything
+from pipetrain.models.faithful import check_layers
 from pipetrain.models.recipe import BATCH, LayerRecipe, Recipe, Value
 from pipetrain.models.transformer import transformer
 from pipetrain.models.tryout import DoesNotFit, try_out
@@ -21,4 +22,4 @@ def build(name: str, **settings: Any) -> Recipe:
     return MODELS[name](**settings)
 
 
-__all__ = ["BATCH", "MODELS", "DoesNotFit", "LayerRecipe", "Recipe", "Value", "build", "try_out"]
+__all__ = ["BATCH", "MODELS", "DoesNotFit", "LayerRecipe", "Recipe", "Value", "build", "check_layers", "try_out"]

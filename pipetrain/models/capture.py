@@ -1,6 +1,7 @@
 """Any module as layers: an `nn.Sequential` or a list of blocks as it stands, everything else by its traced graph."""
 
 import linecache
+import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from functools import partial
 from itertools import chain, count, pairwise
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, fx, nn
 
 from pipetrain.errors import ConfigError
@@ -31,6 +34,8 @@ Make = Callable[[], nn.Module]
 Forward = Callable[..., Any]
 Tie = tuple[tuple[str, str], ...]
 Captured = tuple[list[LayerRecipe], list[Tie]]
+
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 _files = count()
 
@@ -58,6 +63,12 @@ def _refuse_what_cannot_be_cut(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in part.parameters(recurse=False)):
             raise ConfigError(f"module {name} is lazy: its sizes are not known yet; give them, as in nn.Linear(8, 4)")
+        for attribute, value in vars(part).items():
+            if isinstance(value, _GENERATORS):
+                raise ConfigError(
+                    f"module {name} has a random generator of its own in {attribute}: a recompute would draw other "
+                    "numbers; draw from torch's default generator, or from Python's or NumPy's global one"
+                )
         if getattr(part, "sparse", False) is True:
             raise ConfigError(f"module {name} has sparse gradients, which are not supported; use sparse=False")
         is_opened = not name or type(part).forward is nn.Sequential.forward
@@ -75,11 +86,15 @@ def _refuse_what_cannot_be_cut(module: nn.Module) -> None:
 def _chain(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     """The children of an `nn.Sequential` with their paths, those of one inside it too; nothing for other modules."""
     found: list[tuple[str, nn.Module]] = []
-    if type(module).forward is nn.Sequential.forward or isinstance(module, nn.ModuleList):
+    if type(module).forward is nn.Sequential.forward or _is_plain_list(module):
         for name, child in module._modules.items():
             assert child is not None
             found += _chain(child, f"{prefix}{name}.") or [(prefix + name, child)]
     return found
+
+
+def _is_plain_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) and type(module).forward is nn.ModuleList.forward
 
 
 def _capture_chain(children: Sequence[tuple[str, nn.Module]], make: Make) -> Captured:

@@ -31,7 +31,7 @@ _FACTORIES = (
     *("tril_indices", "triu_indices"),
 )
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu|hpu)(:\d+)?")
-_WAYS_OUT = (
+WAYS_OUT = (
     "Two ways out: put these lines into a sub-module of its own, which is then kept whole; "
     "or let the factory return an nn.Sequential or a list of blocks, which needs no tracing"
 )
@@ -64,16 +64,33 @@ def _trace(root: nn.Module, num_inputs: int) -> tuple[fx.Graph, dict[str, Any]]:
     while True:
         tracer = _Tracer(root, num_inputs, whole)
         try:
-            with _nothing_random(), _factories_recorded(tracer):
+            with torch.enable_grad(), _nothing_random(), _own_gradients_refused(), _factories_recorded(tracer):
                 graph = tracer.trace(root)
         except ConfigError:
             raise
         except Exception as error:
             if tracer.failed_in is None:
                 raise ConfigError(_in_the_way(error)) from error
+            if tracer.failed_in in whole:
+                raise ConfigError(
+                    f"a {tracer.failed_in.__name__} is called that is no part of the module ({error}); keep modules in "
+                    "attributes or in an nn.ModuleList, not in a plain list or dict"
+                ) from error
             whole.add(tracer.failed_in)
         else:
+            _refuse_kept_values(root)
             return graph, _constants(root, set(tracer.tensor_attrs.values()))
+
+
+def _refuse_kept_values(root: nn.Module) -> None:
+    for name, part in root.named_modules():
+        for attribute, value in vars(part).items():
+            if isinstance(value, fx.Proxy):
+                delattr(part, attribute)
+                raise ConfigError(
+                    f"the forward of {name or 'the module'} keeps a value in its attribute {attribute}, which a trace "
+                    f"would freeze. {WAYS_OUT}; or make it in __init__, as a buffer"
+                )
 
 
 def check(values: Sequence[object], expected: Sequence[bool], where: str) -> None:
@@ -152,6 +169,7 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        _refuse_contexts()
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -177,6 +195,7 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> fx.Node:
         if kind.startswith("call_") and kind != "call_module":
+            _refuse_contexts()
             _refuse_fixed_device(target if kind == "call_method" else "", (*args, *kwargs.values()))
         return super().create_node(kind, target, args, kwargs, *more, **named)
 
@@ -233,8 +252,33 @@ def _nothing_random() -> Iterator[None]:
     if states() != before:
         raise ConfigError(
             "forward draws random numbers from Python, NumPy or torch in a way that a trace would freeze. "
-            f"{_WAYS_OUT}, or draw with torch.rand and the like"
+            f"{WAYS_OUT}, or draw with torch.rand and the like"
         )
+
+
+def _refuse_contexts() -> None:
+    """They would be lost: a graph has no notion of them."""
+    if not torch.is_grad_enabled():
+        raise fx.proxy.TraceError("it runs without gradients (torch.no_grad or the like), which a trace would not keep")
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise fx.proxy.TraceError(
+            "it runs under autocast, which a trace would not keep; precision=bf16 does it for all"
+        )
+
+
+@contextlib.contextmanager
+def _own_gradients_refused() -> Iterator[None]:
+    """An autograd.Function would be traced through, and its backward lost."""
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        raise fx.proxy.TraceError(f"it calls {cls.__name__}, an autograd.Function, whose backward a trace would lose")
+
+    original = torch.autograd.Function.__dict__["apply"]
+    setattr(torch.autograd.Function, "apply", classmethod(apply))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(torch.autograd.Function, "apply", original)  # noqa: B010
 
 
 def _constants(root: nn.Module, paths: set[str]) -> dict[str, Any]:
@@ -244,7 +288,7 @@ def _constants(root: nn.Module, paths: set[str]) -> dict[str, Any]:
         if value.requires_grad:
             raise ConfigError(
                 f"forward uses a tensor of shape {list(value.shape)} that was computed from parameters outside of any "
-                f"recorded operation: they would never be trained. {_WAYS_OUT}"
+                f"recorded operation: they would never be trained. {WAYS_OUT}"
             )
     return constants
 
@@ -282,4 +326,4 @@ def _in_the_way(error: Exception) -> str:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "forward"]
     where = f"{frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else "its forward"
     reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
-    return f"the model cannot be captured because of {where}: {reason}. {_WAYS_OUT}"
+    return f"the model cannot be captured because of {where}: {reason}. {WAYS_OUT}"

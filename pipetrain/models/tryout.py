@@ -14,7 +14,7 @@ from pipetrain.models.whole import WithoutMemory
 from pipetrain.seeds import seeded
 
 _LARGEST_COMPARED = 1 << 26  # elements
-_LARGEST_TRIED = 1 << 28  # parameters: a gigabyte
+LARGEST_TRIED = 1 << 28  # parameters: a gigabyte
 
 
 class DoesNotFit(ConfigError):
@@ -48,7 +48,7 @@ def try_out(recipe: Recipe, inputs: Tensors, targets: Tensors) -> None:
             output, ends_at = _run(recipe, layers, tuple(tensor.to("meta") for tensor in inputs))
         _run_loss(recipe, tree_map(_with_values, output), targets, ends_at)
     except Exception as error:
-        if sum(p.numel() for layer in layers for p in layer.parameters()) > _LARGEST_TRIED:
+        if sum(p.numel() for layer in layers for p in layer.parameters()) > LARGEST_TRIED:
             cause = error.__cause__ or error
             if isinstance(cause, NotImplementedError) or "meta" in str(cause).lower():
                 return

@@ -278,7 +278,7 @@ def test_a_model_that_looks_at_values_is_tried_with_values_and_leaves_them_alone
     shared = Recipe(seen_twice, *find_loss("cross_entropy"))
     with pytest.raises(ConfigError, match="layer looks changes a tensor in place that layer same also gets, from"):
         try_out(shared, (X,), (Y,))
-    monkeypatch.setattr("pipetrain.models.tryout._LARGEST_TRIED", 1)
+    monkeypatch.setattr("pipetrain.models.tryout.LARGEST_TRIED", 1)
     try_out(made, (X,), (Y,))  # too large to be tried with values
 
 
