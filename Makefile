@@ -21,7 +21,7 @@ demo: install  ## train the default Transformer on two stages for some minutes
 
 test: install  ## all tests
 	$(BIN)/python -m pytest -n 2 -m 'not dist'
-	$(BIN)/python -m pytest -m dist
+	$(BIN)/python -m pytest -n 2 -m dist
 
 test-quick: install  ## the tests that are quick and start no processes
 	$(BIN)/python -m pytest -n 2 -m 'not dist and not slow'

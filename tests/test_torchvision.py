@@ -16,7 +16,6 @@ FAMILIES = [
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
     "swin_t",
-    "vgg11",
 ]
 
 

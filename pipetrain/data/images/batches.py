@@ -3,8 +3,9 @@
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -144,15 +145,19 @@ class ImageBatches:
             num_workers=self._workers,
             prefetch_factor=_AHEAD if self._workers else None,
             multiprocessing_context="fork" if self._workers else None,
-            worker_init_fn=_leave_the_group,
+            worker_init_fn=partial(_leave_the_group, threading.current_thread() is threading.main_thread()),
             generator=torch.Generator(),  # the base seed, which nothing here uses, is not drawn from the user's
             pin_memory=torch.cuda.is_available(),
         )
 
 
-def _leave_the_group(worker: int) -> None:
-    """A signal to the whole group must not end those that read: the run goes on until it has saved."""
+def _leave_the_group(is_made_by_main_thread: bool, worker: int) -> None:
+    """A signal to the whole group must not end those that read: the run goes on until it has saved.
+
+    They die with the thread that made them, so it must be one that lives as long as the process.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     os.setpgrp()
-    die_with_parent()
+    if is_made_by_main_thread:
+        die_with_parent()
