@@ -63,6 +63,11 @@ def _refuse_what_cannot_be_cut(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in part.parameters(recurse=False)):
             raise ConfigError(f"module {name} is lazy: its sizes are not known yet; give them, as in nn.Linear(8, 4)")
+        if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise ConfigError(
+                f"{f'module {name}' if name else 'the module'} is wrapped in {type(part).__name__}, which shares out "
+                "batches or gradients behind the pipeline's back, micro-batch by micro-batch; give the module inside it"
+            )
         for attribute, value in vars(part).items():
             if isinstance(value, _GENERATORS):
                 raise ConfigError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipetrain import Pipeline, schedule
 from pipetrain.engine.local import LocalTransport, run_ranks
 from pipetrain.engine.report import StepReport
+from pipetrain.errors import ConfigError
 from pipetrain.models import LayerRecipe, Recipe, Value
 from pipetrain.models.capture import capture
 from pipetrain.models.whole import Whole
@@ -47,6 +48,16 @@ def test_masked_tokens_are_averaged_by_micro_batch_instead_of_by_token() -> None
     assert got.reports[0].loss_sum / got.reports[0].count == pytest.approx(float(loss.detach()), rel=1e-12)
     for (name, gradient), parameter in zip(got.gradients.items(), model.parameters(), strict=True):
         assert torch.allclose(gradient, parameter.grad, rtol=1e-11, atol=1e-14), name
+
+
+def test_replicas_diverge_when_another_wrapper_sums_their_gradients() -> None:
+    """Such a wrapper acts at the first backward of a step, not at the last. There is no data parallelism here yet."""
+    wrapped = nn.Module.__new__(nn.parallel.DistributedDataParallel)  # its own constructor wants a process group
+    nn.Module.__init__(wrapped)
+    wrapped.module = nn.Linear(D, D)
+    for module in (wrapped, nn.Sequential(nn.DataParallel(nn.Linear(D, D)), nn.ReLU())):
+        with pytest.raises(ConfigError, match=r"is wrapped in \w+, which .* give the module inside it"):
+            capture(module, lambda module=module: module, 1)
 
 
 def test_tied_weights_are_counted_twice_or_drift_apart() -> None:
