@@ -13,7 +13,6 @@ from pipetrain.models.capture import capture
 from pipetrain.models.imports import import_object, shown
 from pipetrain.models.losses import ACCURACY, find_loss
 from pipetrain.models.recipe import Recipe
-from pipetrain.models.trace import WAYS_OUT
 from pipetrain.models.whole import Whole, WithoutMemory
 from pipetrain.seeds import seeded
 from pipetrain.suggest import did_you_mean
@@ -42,10 +41,6 @@ def anything(*, factory: str, arguments: Mapping[str, Any], loss: str, seed: int
         layers, ties = capture(_without_memory(make, seed), whole.module, num_inputs)
     except ConfigError as error:
         raise ConfigError(f"model.factory={factory}: {error}") from error
-    except Exception as error:
-        raise ConfigError(
-            f"model.factory={factory}: the module cannot be captured: {shown(error)}. {WAYS_OUT}"
-        ) from error
     return Recipe(
         tuple(layers),
         loss_sum=loss_sum,

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from pipetrain.errors import ConfigError
 from pipetrain.models.borders import find_borders, last_uses, must_stay_whole
+from pipetrain.models.imports import shown
 from pipetrain.models.parts import (
     Naming,
     Parts,
@@ -28,7 +29,7 @@ from pipetrain.models.parts import (
 )
 from pipetrain.models.recipe import BATCH, LayerRecipe, Value
 from pipetrain.models.slots import MODES, align
-from pipetrain.models.trace import trace
+from pipetrain.models.trace import WAYS_OUT, trace
 
 Make = Callable[[], nn.Module]
 Forward = Callable[..., Any]
@@ -56,7 +57,12 @@ def capture(module: nn.Module, make: Make, num_inputs: int) -> Captured:
     uses = Counter(child for _, child in children)
     if children and not any(must_stay_whole(child) for child, times in uses.items() if times > 1):
         return _capture_chain(children, make)
-    return _Cutter(module, num_inputs).capture(make)
+    try:
+        return _Cutter(module, num_inputs).capture(make)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"the module cannot be captured: {shown(error)}. {WAYS_OUT}") from error
 
 
 def _refuse_what_cannot_be_cut(module: nn.Module) -> None:

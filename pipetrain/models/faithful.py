@@ -47,7 +47,12 @@ def check_layers(recipe: Recipe, inputs: Tensors, targets: Tensors) -> None:
         except Exception as error:
             failure = error
             continue  # perhaps in another precision
-        got = _train(*_layers(recipe, dtype), recipe, inputs, targets, dtype)
+        try:
+            got = _train(*_layers(recipe, dtype), recipe, inputs, targets, dtype)
+        except Exception as error:
+            raise ConfigError(
+                f"the module runs, but not the layers it was cut into: {shown(error)}. {WAYS_OUT}"
+            ) from error
         difference = _difference(got, expected, tolerance)
         if difference is not None:
             raise ConfigError(

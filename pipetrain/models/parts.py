@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from pipetrain.errors import ConfigError
 from pipetrain.models.slots import Slot
 
 Parts = dict[str, str]  # path in the whole module -> name in the layer
@@ -112,11 +113,19 @@ def shared_parameters(layers: Sequence[tuple[str, Mapping[str, nn.Parameter]]]) 
 
     Args:
         layers: name of each layer with its parameters by their names in it.
+
+    Raises:
+        ConfigError: if one of them has a hook, which would act on each use's share instead of on the sum.
     """
     uses: dict[int, dict[str, str]] = {}
     for layer, parameters in layers:
         for name, parameter in parameters.items():
             uses.setdefault(id(parameter), {}).setdefault(layer, name)
+            if parameter._backward_hooks and len(uses[id(parameter)]) > 1:
+                raise ConfigError(
+                    f"parameter {name} of layer {layer} has a hook and is used in several layers, each of which has a "
+                    "gradient of its own; do what the hook does in the forward, or leave it out"
+                )
     return [tuple(group.items()) for group in uses.values() if len(group) > 1]
 
 

@@ -132,6 +132,25 @@ class InAList(Base):
         return super().forward(self.hidden[0](x))
 
 
+class ParametrisedTwice(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.utils.parametrizations.weight_norm(nn.Linear(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.c(F.linear(x, self.b.weight) + self.b(x))  # type: ignore[no-any-return]
+
+
+class HookedTwice(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a.weight.register_hook(lambda gradient: gradient * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(self.b(self.a(x).relu()).relu()))  # type: ignore[no-any-return]
+
+
 class OwnGenerator(Base):
     def __init__(self, generator: Any) -> None:
         super().__init__()
@@ -146,6 +165,8 @@ class OwnGenerator(Base):
         (OwnBackward, r"test_faithful.py:\d+, .*: it calls Reversed, an autograd.Function, whose backward"),
         (LazyMask, r"the forward of the module keeps a value in its attribute mask, which a trace would freeze"),
         (InAList, r"a Linear is called that is no part of the module .*not in a plain list"),
+        (ParametrisedTwice, r"the module cannot be captured: RuntimeError: Serialization of parametrized modules"),
+        (HookedTwice, r"parameter a@2.weight of layer a@2 has a hook and is used in several layers"),
         (lambda: OwnGenerator(torch.Generator()), r"has a random generator of its own in rng"),
         (lambda: OwnGenerator(random.Random(0)), r"has a random generator of its own in rng"),
         (lambda: OwnGenerator(np.random.default_rng(0)), r"has a random generator of its own in rng"),
