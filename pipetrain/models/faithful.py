@@ -23,7 +23,7 @@ from pipetrain.models.tryout import LARGEST_TRIED
 from pipetrain.models.whole import WithoutMemory
 from pipetrain.seeds import seeded
 
-_ROUNDS, _ROWS = 2, 4
+_ROUNDS, _ROWS = 2, 2
 # In float64, and for modules that insist on float32, in that. Shares of the largest value that may differ.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
