@@ -96,7 +96,15 @@ def _run(recipe: Recipe, layers: list[nn.Module], inputs: Tensors) -> tuple[Any,
             output = outputs[layer.name] = module(*arguments)
         except Exception as error:
             sizes = ", ".join(_shown(argument) for argument in arguments)
-            raise _Failed(f"layer {layer.name} fails on {sizes}: {shown(error)}", DoesNotFit) from error
+            others = [taken for taken in recipe.taken_by(place) if taken.layer != BATCH]
+            origin = " from " + ", ".join(dict.fromkeys(taken.layer for taken in others)) if others else ""
+            # Where a layer gives a word or whole numbers to another, no other size of the data would help.
+            made = [x for taken in others for x in tree_leaves(value(taken))]
+            is_size = all(isinstance(x, Tensor) and x.is_floating_point() for x in made)
+            raise _Failed(
+                f"layer {layer.name} fails on {sizes}{origin}: {shown(error)}",
+                DoesNotFit if is_size else ConfigError,
+            ) from error
         for tensor in (x for x, version in taken_now if x._version != version):
             _check_nobody_else_has(tensor, place, recipe, outputs, value)
         if not ends_at and any(p.requires_grad for p in module.parameters()) and not _has_gradient(output):

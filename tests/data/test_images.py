@@ -13,6 +13,7 @@ from pipetrain.data.images.augment import Augmentation
 from pipetrain.data.images.batches import ImageBatches
 from pipetrain.data.images.sets import KINDS, ImageSet, prepare_images
 from pipetrain.errors import ConfigError, DataError
+from pipetrain.rules.data import AUGMENTATIONS, IMAGE_SETS
 from pipetrain.seeds import seeded
 
 
@@ -34,6 +35,11 @@ def folder_of(root: Path, classes: dict[str, int], split: str = "") -> Path:
         for n in range(number):
             Image.new("RGB", (20 + n, 24), (60 * place, 10 * n, 200)).save(folder / f"{n}.png")
     return root
+
+
+def test_the_rules_know_the_same_sets_and_augmentations() -> None:
+    assert tuple(KINDS) == IMAGE_SETS
+    assert {name for kind in KINDS.values() for name in kind.augment} <= set(AUGMENTATIONS)
 
 
 # ---- digits ----------------------------------------------------------------------------------------------------------

@@ -224,6 +224,19 @@ def test_what_does_not_fit_is_named(loss: str, inputs: torch.Tensor, targets: to
         try_out(recipe("users_models:build", loss), (inputs,), (targets,))
 
 
+class Words(nn.Module):
+    def forward(self, x: torch.Tensor) -> str:
+        return "words"
+
+
+def test_a_layer_that_gets_no_tensor_is_named_with_the_one_that_gives_it() -> None:
+    layers = [("words", Words), ("last", lambda: nn.Linear(4, 4))]
+    made = Recipe(tuple(LayerRecipe(*layer) for layer in layers), *find_loss("cross_entropy"))
+    with pytest.raises(ConfigError, match="layer last fails on 'words' from words: TypeError") as caught:
+        try_out(made, (X,), (Y,))
+    assert type(caught.value) is ConfigError, "no other size of the data would help"
+
+
 class Rounds(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pipetrain.vision import import_torchvision
 
-AUGMENTATIONS = ("crop", "flip", "erase", "trivial")
 _EVALUATED_SHARE = 0.875  # of a photograph's shorter side is looked at in evaluation, its middle
 
 
@@ -32,7 +31,7 @@ class Augmentation:
     ) -> None:
         """
         Args:
-            names: any of `AUGMENTATIONS`.
+            names: any of crop, flip, erase, trivial.
             size: side of the images that come out.
             channels: 1 or 3.
             mean, std: of the set, by channel.

@@ -87,7 +87,7 @@ class ImageBatches:
         """
         Args:
             split: train or valid.
-            augment: of the training images: any of `augment.AUGMENTATIONS`.
+            augment: of the training images: names that `Augmentation` knows.
             workers: processes that read ahead; 0 reads in this one, when a batch is asked for.
 
         Raises:
