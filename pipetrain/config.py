@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipetrain.schedule import SCHEDULES
+from pipetrain.schedule import POLICIES, SCHEDULES, is_file, read_file
 
 MAX_DEFAULT_MICRO_BATCHES = 16
 MIN_DEFAULT_SAMPLES = 4  # in a micro-batch of a model with BatchNorm, which normalises each by itself
@@ -184,14 +184,26 @@ class Config:
     model: ModelConfig = setting("the model and its size", "???")
     data: DataConfig = setting("the data", "???")
     devices: Any = setting("4 | auto | cpu | cpu:4 | cuda:1 | [0,1] | [cuda:0,cuda:1]", "auto")
-    partitions: int | None = setting("number of stages; null = one for each device", None)
+    partitions: int | None = setting(
+        "number of stages; null = one for each device, for interleaved, looped_bfs and zb_v two", None
+    )
     balance: Any = setting("layers of each stage: even, or a list such as [2,3,3]", "even")
     batch_size: int = setting("samples in one mini-batch", 16)
     micro_batches: int | None = setting(
         "pieces of a mini-batch; null = min(16, batch_size), of amoebanet a quarter", None
     )
-    schedule: str = setting("order of the pipeline's work: " + " | ".join(SCHEDULES), "gpipe")
-    recompute: str = setting("run each forward again before its backward, to save memory: always | never", "always")
+    schedule: str = setting(
+        "order of the pipeline's work: " + " | ".join(SCHEDULES) + " | the path of a .csv file", "gpipe"
+    )
+    recompute: Any = setting(
+        "run each forward again before its backward, to save memory: "
+        + " | ".join(POLICIES)
+        + " (recompute_layers) | a list, one for each stage",
+        "always",
+    )
+    recompute_layers: list[str] | None = setting(
+        "recompute=selective: the layers to run again, by name or pattern, such as ['blocks.*']", None
+    )
     threads: Any = setting("CPU threads of each worker; auto = cores / workers of this machine", 1)
     precision: str = setting("fp32 | bf16 (autocast) | fp64 (the whole model, for comparisons)", "fp32")
     seed: int = setting("where all randomness starts", 0)
@@ -208,6 +220,9 @@ class Config:
         "decay of a moving average of the weights, which evaluation sees; 0.9999 is common, null = off", None
     )
     log_every: int = setting("steps between two lines of the log", 10)
+    trace_every: int = setting(
+        "steps between two that are drawn beside their simulation, into trace/ of the run folder; 0 = none", 0
+    )
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "evaluation"})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={"help": "checkpoints"})
     check: CheckConfig = field(default_factory=CheckConfig, metadata={"help": "comparison"})
@@ -250,5 +265,21 @@ def num_microbatches(cfg: Config) -> int:
     """Micro-batches of one mini-batch. The default does not depend on the devices: numbers must not either."""
     if cfg.micro_batches is not None:
         return cfg.micro_batches
+    if is_file(cfg.schedule):
+        return read_file(cfg.schedule).num_microbatches
     samples = MIN_DEFAULT_SAMPLES if isinstance(cfg.model, AmoebaNetConfig) else 1
     return min(MAX_DEFAULT_MICRO_BATCHES, max(1, cfg.batch_size // samples))
+
+
+def num_stages(cfg: Config, num_ranks: int) -> int:
+    """Stages of the whole pipeline: the partitions asked for, or as many on each rank as the schedule usually has."""
+    if is_file(cfg.schedule):
+        return read_file(cfg.schedule).num_stages
+    return cfg.partitions or num_ranks * SCHEDULES[cfg.schedule].usual
+
+
+def wanted_ranks(cfg: Config) -> int | None:
+    """How many ranks `devices=auto` should give, where the partitions or a file of the schedule say it."""
+    if is_file(cfg.schedule):
+        return read_file(cfg.schedule).num_ranks
+    return None if cfg.partitions is None else max(1, cfg.partitions // SCHEDULES[cfg.schedule].usual)

@@ -7,13 +7,13 @@ from pipetrain.errors import ConfigError
 _FORMS = "4, auto, cpu, cpu:4, cuda, cuda:1, [0,1], [cuda:0,cuda:1] or [cpu,cpu]"
 
 
-def parse_devices(devices: Any, num_gpus: int, partitions: int | None = None) -> tuple[str, ...]:
+def parse_devices(devices: Any, num_gpus: int, wanted: int | None = None) -> tuple[str, ...]:
     """The device of each rank, such as `("cuda:0", "cuda:1")` or `("cpu", "cpu")`.
 
     Args:
         devices: what the user typed: a number of devices, `auto`, a name with a count or an index, or a list.
         num_gpus: GPUs of this machine. Without any, a number of devices means that many CPU processes.
-        partitions: with `auto` on a machine without GPUs, one CPU process for each partition.
+        wanted: with `auto` so many GPUs, or CPU processes on a machine without GPUs; None is all GPUs, or one process.
 
     Raises:
         ConfigError: if it is none of the forms, or asks for a GPU that is not there.
@@ -25,7 +25,7 @@ def parse_devices(devices: Any, num_gpus: int, partitions: int | None = None) ->
     if isinstance(devices, int):
         return _count(devices, num_gpus)
     if isinstance(devices, str):
-        return _named(devices.strip(), num_gpus, partitions)
+        return _named(devices.strip(), num_gpus, wanted)
     return _listed([str(d).strip() for d in devices], num_gpus)
 
 
@@ -43,11 +43,11 @@ def _count(count: int, num_gpus: int) -> tuple[str, ...]:
     return tuple(f"cuda:{i}" for i in range(count))
 
 
-def _named(name: str, num_gpus: int, partitions: int | None) -> tuple[str, ...]:
+def _named(name: str, num_gpus: int, wanted: int | None) -> tuple[str, ...]:
     if name == "auto":
         if num_gpus == 0:
-            return ("cpu",) * max(partitions or 1, 1)
-        return _count(partitions or num_gpus, num_gpus)
+            return ("cpu",) * max(wanted or 1, 1)
+        return _count(wanted or num_gpus, num_gpus)
     if name == "cpu":
         return ("cpu",)
     kind, _, number = name.partition(":")

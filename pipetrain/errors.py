@@ -44,7 +44,7 @@ class DataError(PipetrainError, RuntimeError):
     """A sample that cannot be read; the text names its file."""
 
 
-class ScheduleError(PipetrainError, ValueError):
+class ScheduleError(ConfigError):
     """A schedule that is not once-each, ordered, deadlock-free or within its bounds."""
 
 

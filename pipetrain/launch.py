@@ -23,7 +23,15 @@ from typing import Any
 import torch
 
 from pipetrain import rules
-from pipetrain.config import AnythingConfig, Config, ImagesConfig, SyntheticConfig, num_microbatches
+from pipetrain.config import (
+    AnythingConfig,
+    Config,
+    ImagesConfig,
+    SyntheticConfig,
+    num_microbatches,
+    num_stages,
+    wanted_ranks,
+)
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.models import DoesNotFit, Recipe, check_layers, try_out
@@ -97,7 +105,7 @@ def prepare(
     """
     rules.check(cfg, num_gpus, len(devices) if devices is not None else None)
     if devices is None:
-        devices = parse_devices(cfg.devices, num_gpus, cfg.partitions)
+        devices = parse_devices(cfg.devices, num_gpus, wanted_ranks(cfg))
     saved: checkpoint.Manifest | None = None
     found: Path | None = None
     if cfg.resume is not None:
@@ -114,7 +122,7 @@ def prepare(
         except ConfigError as error:
             raise ConfigError(f"{error}; or train without evaluation: eval.every=0") from error
     recipe = build_recipe(cfg, data)
-    _check_model(cfg, recipe, data, len(devices))
+    _check_model(cfg, recipe, data, num_stages(cfg, len(devices)))
     # A resumed run has its weights, whatever its first start took them from.
     start = find_start(cfg.init_from, recipe, say) if cfg.init_from is not None and saved is None else None
     job = Job(cfg, run, data, devices, found, start)
@@ -130,9 +138,10 @@ def prepare(
     return job
 
 
-def _check_model(cfg: Config, recipe: Recipe, data: Prepared | None, num_stages: int) -> None:
+def _check_model(cfg: Config, recipe: Recipe, data: Prepared | None, stages: int) -> None:
     """Everything that is wrong between the model, the data and the devices; whether it runs at all comes first."""
-    checks = [partial(rules.check_model, cfg, len(recipe.layers), num_stages)]
+    names = [layer.name for layer in recipe.layers]
+    checks = [partial(rules.check_model, cfg, len(names), stages), partial(rules.check_recomputed_layers, cfg, names)]
     if isinstance(cfg.model, AnythingConfig):
         checks.insert(0, partial(_try_out, cfg, recipe, data))
     problems: list[ConfigError] = []

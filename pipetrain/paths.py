@@ -35,6 +35,10 @@ class RunPaths:
         """Stages, layers and schedule of the run, as JSON."""
         return self.root / "plan.json"
 
+    def trace(self, step: int) -> Path:
+        """When each action of a step ran, for Chrome or Perfetto; a picture of it lies beside it."""
+        return self.root / "trace" / f"step_{step}.json"
+
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"

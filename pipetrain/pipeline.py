@@ -15,6 +15,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -32,11 +33,12 @@ from pipetrain.models.capture import capture
 from pipetrain.models.losses import find_loss, num_samples
 from pipetrain.models.recipe import unsplit
 from pipetrain.partition.split import dataflow_of, stages_of_ties, take_stage
-from pipetrain.schedule import SCHEDULES, build, build_forward_only
+from pipetrain.schedule import ALWAYS, EXCEPT_LAST, NEVER, SCHEDULES, build, build_forward_only
 from pipetrain.sim.balance import even
 from pipetrain.suggest import one_of
 from pipetrain.training.optim import clip_gradients
 
+_POLICIES = (ALWAYS, EXCEPT_LAST, NEVER)  # of recompute
 _TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -54,7 +56,7 @@ class StepResult:
 
 
 class Pipeline:
-    """A module cut into stages, of which this process has one."""
+    """A module cut into stages, of which this process has one, or several where the schedule wants that."""
 
     def __init__(
         self,
@@ -64,7 +66,8 @@ class Pipeline:
         num_microbatches: int = 8,
         balance: Sequence[int] | None = None,
         schedule: str = "gpipe",
-        recompute: bool = True,
+        partitions: int | None = None,
+        recompute: str | Sequence[str] = ALWAYS,
         seed: int = 0,
         num_inputs: int = 1,
         count: Callable[[tuple[Tensor, ...]], int] = num_samples,
@@ -78,8 +81,9 @@ class Pipeline:
             loss: cross_entropy, mse, or a function (output, targets) -> sum of the loss over a micro-batch.
             num_microbatches: pieces of a mini-batch; a mini-batch of fewer samples has one for each.
             schedule: order of the pipeline's work.
+            partitions: number of stages; None is as many on each process as the schedule usually has.
             balance: layers of each stage; None spreads them evenly.
-            recompute: run each forward again before its backward, to save memory.
+            recompute: run each forward again before its backward, to save memory: a policy for all stages or one each.
             seed: dropout and its like draw from (seed, step, module, micro-batch).
             num_inputs: tensors of a mini-batch that the module takes.
             count: targets -> number of valid samples, for a loss function of your own.
@@ -89,35 +93,52 @@ class Pipeline:
         Raises:
             ConfigError: if the module cannot be captured, or cannot be cut as asked.
         """
-        if schedule not in SCHEDULES:
-            raise ConfigError(f"schedule={schedule}: no such schedule. {one_of(schedule, tuple(SCHEDULES))}")
+        _check_names(schedule, recompute)
         self.device = torch.device(device) if device is not None else _own_device()
         self._transport = transport or _join(self.device)
         self._loss_sum, self._count = find_loss(loss) if isinstance(loss, str) else (loss, count)
         layers, ties = capture(module, lambda: module, num_inputs)
         recipe = Recipe(tuple(layers), self._loss_sum, self._count, ties=tuple(ties))
-        self._balance = _checked(balance, len(layers), self._transport.num_ranks)
+        num_ranks = self._transport.num_ranks
+        num_stages = partitions or num_ranks * SCHEDULES[schedule].usual
+        _check_fit(schedule, num_stages, num_ranks)
+        self._balance = _checked(balance, len(layers), num_stages)
         self._dataflow = dataflow_of(recipe, self._balance)
-        self._schedule, self._recompute, self._num_microbatches = schedule, recompute, num_microbatches
-        rank, num_stages = self._transport.rank, len(self._balance)
-        self._stage = Stage(
-            rank,
-            take_stage(recipe, self._balance, rank, seed=seed, device=self.device),
-            self._dataflow,
-            device=self.device,
-            seed=seed,
-            loss_sum=self._loss_sum if rank == num_stages - 1 else None,
+        self._num_microbatches = num_microbatches
+        self._build = partial(
+            build,
+            schedule,
+            num_ranks,
+            stages_per_rank=num_stages // num_ranks,
+            recompute=recompute,
+            skips=self._dataflow.skips(),
         )
-        tied = [Tie(tuple(uses)) for uses in stages_of_ties(recipe, self._balance)]
-        self._runtime = Runtime([self._stage], num_stages, self._transport, self.device, ties=tied)
+        self._placement = self._build(num_microbatches).placement
+        self._runtime = self._build_runtime(recipe, seed)
         self._programs: dict[tuple[bool, int], Program] = {}
         self._report: StepReport | None = None
         self.step = 0
 
+    def _build_runtime(self, recipe: Recipe, seed: int) -> Runtime:
+        stages = [
+            Stage(
+                stage,
+                take_stage(recipe, self._balance, stage, seed=seed, device=self.device),
+                self._dataflow,
+                device=self.device,
+                seed=seed,
+                loss_sum=self._loss_sum if stage == self.num_stages - 1 else None,
+            )
+            for stage, home in enumerate(self._placement)
+            if home == self.rank
+        ]
+        tied = [Tie(tuple(uses)) for uses in stages_of_ties(recipe, self._balance)]
+        return Runtime(stages, self.num_stages, self._transport, self.device, ties=tied)
+
     @property
     def rank(self) -> int:
-        """Which stage this process has."""
-        return self._stage.index
+        """Which process this is; of a schedule with one stage on each, its stage."""
+        return self._transport.rank
 
     @property
     def num_stages(self) -> int:
@@ -133,7 +154,9 @@ class Pipeline:
 
     def state_dict(self) -> dict[str, Tensor]:
         """This stage's parameters and buffers under their names in the whole model."""
-        tensors: dict[str, Tensor] = dict(self._runtime.own_parameters) | dict(self._stage.named_buffers())
+        tensors: dict[str, Tensor] = dict(self._runtime.own_parameters)
+        for stage in self._runtime.stages.values():
+            tensors |= dict(stage.named_buffers())
         return {unsplit(name): tensor.detach() for name, tensor in tensors.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -180,25 +203,35 @@ class Pipeline:
         num = min(self._num_microbatches, num_rows)
         if (trains, num) not in self._programs:
             skips = self._dataflow.skips()
-            plan = (
-                build(self._schedule, self.num_stages, num, recompute=self._recompute, skips=skips)
-                if trains
-                else build_forward_only(self.num_stages, num, skips)
-            )
+            plan = self._build(num) if trains else build_forward_only(self._placement, num, skips)
             self._programs[trains, num] = self._runtime.prepare(plan)
         return self._programs[trains, num]
 
 
+def _check_names(schedule: str, recompute: str | Sequence[str]) -> None:
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"schedule={schedule}: no such schedule. {one_of(schedule, tuple(SCHEDULES))}")
+    for policy in [recompute] if isinstance(recompute, str) else recompute:
+        if policy not in _POLICIES:
+            raise ConfigError(f"recompute={recompute}: no such policy. {one_of(policy, _POLICIES)}")
+
+
+def _check_fit(schedule: str, num_stages: int, num_ranks: int) -> None:
+    if not SCHEDULES[schedule].fits(num_stages, num_ranks):
+        raise ConfigError(
+            f"partitions={num_stages}: schedule={schedule} cannot have so many on {num_ranks} processes; use "
+            f"{num_ranks * SCHEDULES[schedule].usual} or leave it out"
+        )
+
+
 def _checked(balance: Sequence[int] | None, num_layers: int, num_stages: int) -> tuple[int, ...]:
     if num_stages > num_layers:
-        raise ConfigError(
-            f"{num_stages} processes are more stages than the {num_layers} layers of the module; use fewer"
-        )
+        raise ConfigError(f"{num_stages} stages are more than the {num_layers} layers of the module; use fewer")
     if balance is None:
         return even(num_layers, num_stages)
     if len(balance) != num_stages or sum(balance) != num_layers or min(balance) < 1:
         raise ConfigError(
-            f"balance={list(balance)} must have {num_stages} numbers of at least 1, one for each process, that sum to "
+            f"balance={list(balance)} must have {num_stages} numbers of at least 1, one for each stage, that sum to "
             f"the module's {num_layers} layers; or leave it out"
         )
     return tuple(balance)

@@ -106,7 +106,7 @@ def pipeline_step(recipe: Recipe, inputs: Tensor, targets: Tensor) -> Callable[[
     dataflow = dataflow_of(recipe, even(len(recipe.layers), world))
     stage = Stage(rank, layers, dataflow, device=CPU, seed=0, loss_sum=loss_sum)
     runtime = Runtime([stage], world, transport, CPU)
-    program = runtime.prepare(schedule.build("gpipe", world, MICRO_BATCHES, recompute=False))
+    program = runtime.prepare(schedule.build("gpipe", world, MICRO_BATCHES, recompute="never"))
     optimizer = build_optimizer(AdamConfig(name="adamw"), runtime.own_parameters)
     number = iter(range(1_000_000))
 
@@ -246,7 +246,7 @@ def _emulated_pipetrain(
     dataflow = dataflow_of(recipe, [1] * world)
     stage = Stage(rank, layers, dataflow, device=CPU, seed=0, loss_sum=loss_sum)
     runtime = Runtime([stage], world, DistributedTransport(CPU, TIMEOUT), CPU)
-    program = runtime.prepare(schedule.build("gpipe", world, num_microbatches, recompute=False))
+    program = runtime.prepare(schedule.build("gpipe", world, num_microbatches, recompute="never"))
     optimizer = torch.optim.SGD(runtime.own_parameters.values(), lr=0.1)
     return lambda: (
         runtime.train_step(

@@ -1,6 +1,6 @@
 """Runs a recipe through the engine with all ranks in this process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,22 +33,29 @@ def build_runtime(
     balance: Sequence[int],
     transport: LocalTransport,
     *,
+    placement: Sequence[int] | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     autocast_dtype: torch.dtype | None = None,
+    recomputes: Callable[[str], bool] = lambda name: True,
 ) -> Runtime:
-    layers = [(n, p, m.to(dtype)) for n, p, m in take_stage(recipe, balance, transport.rank, seed=seed, device=CPU)]
-    stage = Stage(
-        transport.rank,
-        layers,
-        dataflow_of(recipe, balance),
-        device=CPU,
-        seed=seed,
-        loss_sum=recipe.loss_sum if transport.rank == len(balance) - 1 else None,
-        autocast_dtype=autocast_dtype,
-    )
+    """One stage on each rank where there is no placement."""
+    here = [s for s, rank in enumerate(placement or range(len(balance))) if rank == transport.rank]
+    stages = [
+        Stage(
+            s,
+            [(n, p, m.to(dtype)) for n, p, m in take_stage(recipe, balance, s, seed=seed, device=CPU)],
+            dataflow_of(recipe, balance),
+            device=CPU,
+            seed=seed,
+            loss_sum=recipe.loss_sum if s == len(balance) - 1 else None,
+            autocast_dtype=autocast_dtype,
+            recomputes=recomputes,
+        )
+        for s in here
+    ]
     ties = [Tie(tuple(uses)) for uses in stages_of_ties(recipe, balance)]
-    return Runtime([stage], len(balance), transport, CPU, ties=ties)
+    return Runtime(stages, len(balance), transport, CPU, ties=ties)
 
 
 def _tuple(inputs: Tensor | tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -62,7 +69,10 @@ def train(
     batches: Sequence[tuple[Tensor | tuple[Tensor, ...], Tensor]],
     *,
     num_microbatches: int,
-    recompute: bool = True,
+    recompute: bool | str = True,
+    recomputes: Callable[[str], bool] = lambda name: True,
+    name: str = "gpipe",
+    stages_per_rank: int = 1,
     lr: float = 1e-2,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -70,10 +80,23 @@ def train(
 ) -> Result:
     """Trains one step a batch with AdamW; the gradients are those of the last step."""
     skips = dataflow_of(recipe, balance).skips()
-    plan = schedule.build("gpipe", len(balance), num_microbatches, recompute=recompute, skips=skips)
+    policy = recompute if isinstance(recompute, str) else "always" if recompute else "never"
+    num_ranks = len(balance) // stages_per_rank
+    plan = schedule.build(
+        name, num_ranks, num_microbatches, stages_per_rank=stages_per_rank, recompute=policy, skips=skips
+    )
 
     def rank_main(transport: LocalTransport) -> Result:
-        runtime = build_runtime(recipe, balance, transport, seed=seed, dtype=dtype, autocast_dtype=autocast_dtype)
+        runtime = build_runtime(
+            recipe,
+            balance,
+            transport,
+            placement=plan.placement,
+            seed=seed,
+            dtype=dtype,
+            autocast_dtype=autocast_dtype,
+            recomputes=recomputes,
+        )
         optimizer = torch.optim.AdamW(
             [{"params": list(runtime.own_parameters.values())}], lr=lr
         )  # a stage may have none
@@ -89,7 +112,7 @@ def train(
         gradients = {n: p.grad.clone() for n, p in runtime.parameters.items() if p.grad is not None}
         return Result(reports, parameters, gradients, buffers)
 
-    results = run_ranks(len(balance), rank_main)
+    results = run_ranks(num_ranks, rank_main)
     merged = Result(results[0].reports, {}, {}, {})
     for result in results:
         merged.parameters |= result.parameters

@@ -158,7 +158,14 @@ BAD = [
     ({"grad_clip": float("inf")}, "grad_clip=inf must be greater than 0 and finite; use null to switch it off"),
     ({"optimizer__lr": -1.0}, "optimizer.lr=-1.0 must be greater than 0 and finite; 1e-3 is a common value"),
     ({"schedule": "gpip"}, "schedule=gpip: no such choice. Did you mean 'gpipe'? Choose one of: gpipe"),
-    ({"recompute": "sometimes"}, "recompute=sometimes: no such choice. Choose one of: always, never"),
+    ({"recompute": "sometimes"}, "recompute=sometimes: no such choice. Choose one of: always, except_last, never"),
+    ({"recompute": ["always", "nver"]}, "recompute=[always,nver]: no such choice. Did you mean 'never'?"),
+    (
+        {"recompute": ["always"] * 3, "devices": 2},
+        "recompute=[always,always,always] must have a policy for each of the 2",
+    ),
+    ({"recompute": "selective"}, "recompute=selective and recompute_layers=null go together"),
+    ({"recompute_layers": ["blocks.*"]}, "recompute=always and recompute_layers=[blocks.*] go together"),
     ({"precision": "16"}, "precision=16: no such choice. Did you mean 'bf16'? Choose one of: fp32, bf16"),
     ({"logit_clip_kind": "sof"}, "logit_clip_kind=sof: no such choice. Did you mean 'soft'?"),
     ({"lr_rule__name": "cosin"}, "lr_rule.name=cosin: no such choice. Did you mean 'cosine'?"),
@@ -190,7 +197,19 @@ BAD = [
     ({"devices": 0}, "devices=0 must be at least 1"),
     (
         {"devices": 2, "partitions": 3},
-        "partitions=3, but devices=2 gives 2 devices and schedule=gpipe runs one stage on each; use devices=3",
+        "schedule=gpipe runs one stage on each of the 2 devices; use partitions=2 or leave partitions out, or",
+    ),
+    (
+        {"devices": 2, "partitions": 3, "schedule": "interleaved"},
+        "schedule=interleaved runs as many stages, 2 or more, on each of the 2 devices; use partitions=4",
+    ),
+    (
+        {"devices": 2, "partitions": 6, "schedule": "zb_v"},
+        "partitions=6, but schedule=zb_v runs 2 stages on each of the 2 devices; use partitions=4",
+    ),
+    (
+        {"devices": 2, "balance": [2, 3], "schedule": "zb_v"},
+        "balance=[2,3] names 2 stages, but there are 4 stages on 2 devices; use a list of 4, or balance=even",
     ),
     (
         {"devices": 3, "balance": [2, 3]},

@@ -141,8 +141,13 @@ def test_what_is_frozen_must_stay_frozen_and_a_batch_must_have_a_target() -> Non
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"balance": [1, 1]}, r"balance=\[1, 1\] must have 1 numbers of at least 1, one for each process, that sum to"),
+        ({"balance": [1, 1]}, r"balance=\[1, 1\] must have 1 numbers of at least 1, one for each stage, that sum to"),
         ({"schedule": "gpip"}, "schedule=gpip: no such schedule. Did you mean 'gpipe'"),
+        ({"recompute": "nver"}, "recompute=nver: no such policy. Did you mean 'never'"),
+        (
+            {"schedule": "zb_v", "partitions": 3},
+            "partitions=3: schedule=zb_v cannot have so many on 1 processes; use 2",
+        ),
         ({"loss": "crossentropy"}, "Did you mean 'cross_entropy'"),
     ],
 )
@@ -158,7 +163,7 @@ def test_more_processes_than_layers_are_refused() -> None:
     def rank_main(transport: LocalTransport) -> None:
         Pipeline(nn.Sequential(nn.Linear(2, 2)), "mse", transport=transport)
 
-    with pytest.raises(ConfigError, match="2 processes are more stages than the 1 layers of the module"):
+    with pytest.raises(ConfigError, match="2 stages are more than the 1 layers of the module"):
         run_ranks(2, rank_main)
 
 

@@ -20,7 +20,8 @@ from torch.utils._pytree import TreeSpec
 
 from pipetrain.engine.attributes import OwnAttributes
 from pipetrain.engine.buffers import OwnBuffers
-from pipetrain.engine.structure import flatten, without_gaps
+from pipetrain.engine.halves import backward_input
+from pipetrain.engine.structure import aligned, flatten, without_gaps
 from pipetrain.errors import LayerError
 
 # Makes a module's positional arguments of its inputs, a flat list in which each value is once.
@@ -37,14 +38,15 @@ class LayerGraph:
             for place, out in enumerate(outputs)
             if isinstance(out, Tensor) and out.requires_grad
         }
+        self._other_half: Callable[[], None] = _nothing
 
     @property
     def is_empty(self) -> bool:
         """Whether no gradient can flow through."""
         return not self._edges
 
-    def backward(self, gradients: dict[int, Tensor]) -> list[Tensor | None]:
-        """Adds to the `.grad` of the layer's parameters.
+    def backward(self, gradients: dict[int, Tensor], *, split: bool = False) -> list[Tensor | None]:
+        """Adds to the `.grad` of the layer's parameters, or leaves that to `backward_weight`.
 
         Args:
             gradients: of those outputs that the loss depends on, by their place. One that depends on nothing is not
@@ -55,10 +57,22 @@ class LayerGraph:
         """
         wanted = [place for place in gradients if place in self._edges]
         if wanted:
-            edges = [self._edges[place] for place in wanted]
-            torch.autograd.backward(edges, [gradients[place] for place in wanted])
+            edges, theirs = [self._edges[place] for place in wanted], [gradients[place] for place in wanted]
+            if split:
+                self._other_half = backward_input(edges, theirs, self._inputs)
+            else:
+                torch.autograd.backward(edges, theirs)
         self._edges = {}
-        return [x.grad for x in self._inputs]
+        return [None if x.grad is None else aligned(x.grad) for x in self._inputs]
+
+    def backward_weight(self) -> None:
+        """Adds to the `.grad` of the layer's parameters, after a `backward` that was split."""
+        self._other_half()
+        self._other_half = _nothing
+
+
+def _nothing() -> None:
+    pass
 
 
 class Layer:

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipetrain.engine.structure import ConstantSpec, LeafKind, NumberSpec, TensorSpec, flat, same_kind
+from pipetrain.engine.structure import ALIGNMENT_BYTES, ConstantSpec, LeafKind, NumberSpec, TensorSpec, flat, same_kind
 
 ValueId = tuple[int, int]  # (layer, leaf of its output)
 Values = dict[ValueId, Any]
 
 _NUMBER = TensorSpec((1,), (1,), torch.int64, False)
-_ALIGNMENT = 16  # bytes; a view of a buffer as another type must start at a multiple of that type's size
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ class Layout:
 
 
 def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def _part(buffer: Tensor, start: int, spec: TensorSpec) -> Tensor:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pipetrain.engine.structure import aligned
+
 
 def split(batch: tuple[Tensor, ...], num_microbatches: int) -> list[tuple[Tensor, ...]]:
     """Cuts every tensor along its first dimension; sizes differ by at most one, larger ones first.
@@ -18,5 +20,5 @@ def split(batch: tuple[Tensor, ...], num_microbatches: int) -> list[tuple[Tensor
     (num_rows,) = rows
     if num_rows < num_microbatches:
         raise ValueError(f"{num_rows} rows cannot be cut into {num_microbatches} micro-batches of at least one row")
-    pieces = [torch.tensor_split(tensor, num_microbatches) for tensor in batch]
+    pieces = [map(aligned, torch.tensor_split(tensor, num_microbatches)) for tensor in batch]
     return list(zip(*pieces, strict=True))

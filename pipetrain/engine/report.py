@@ -19,17 +19,25 @@ from pipetrain.schedule import Kind, Span
 
 @dataclass(frozen=True)
 class StageMeasures:
-    """What one stage measured in one step; `elapsed_s` reaches from the step's begin to its last action's end."""
+    """What one stage measured in one step.
+
+    Attributes:
+        backward_s: whole backwards, and first halves.
+        backward_weight_s: second halves.
+        elapsed_s: from the step's begin to the end of its rank's last action.
+        memory_bytes: of its rank.
+    """
 
     forward_s: float
     recompute_s: float
     backward_s: float
+    backward_weight_s: float
     elapsed_s: float
     memory_bytes: float
 
     @property
     def busy_s(self) -> float:
-        return self.forward_s + self.recompute_s + self.backward_s
+        return self.forward_s + self.recompute_s + self.backward_s + self.backward_weight_s
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class Reporter:
         return torch.stack(squares).cpu()
 
     def _measure(self, index: int, spans: Sequence[Span]) -> StageMeasures:
-        seconds = dict.fromkeys((Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD), 0.0)
+        seconds = dict.fromkeys(Kind, 0.0)
         elapsed_s = 0.0
         for span in spans:
             elapsed_s = max(elapsed_s, span.end_s)
@@ -120,7 +128,8 @@ class Reporter:
         return StageMeasures(
             forward_s=seconds[Kind.FORWARD],
             recompute_s=seconds[Kind.RECOMPUTE],
-            backward_s=seconds[Kind.BACKWARD],
+            backward_s=seconds[Kind.BACKWARD] + seconds[Kind.BACKWARD_INPUT],
+            backward_weight_s=seconds[Kind.BACKWARD_WEIGHT],
             elapsed_s=elapsed_s,
             memory_bytes=self._memory_bytes(),
         )

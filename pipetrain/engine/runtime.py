@@ -3,33 +3,28 @@
     for action in program.actions:
         self._do[action.kind](action)
 
-Before it, the ranks agree on what kinds of micro-batches the step has (`_agree_on_keys`). Behind it stands the update,
-where they meet once, for the loss, the norm of the gradient and the measurements (`report`).
+Before it, the ranks agree on what kinds of micro-batches the step has. Behind it stands the update, where they meet
+once, for the loss, the norm of the gradient and the measurements (`report`). What travels in between is `exchange`'s.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from pipetrain.engine.clock import clock_for
+from pipetrain.engine.exchange import Exchange
 from pipetrain.engine.loss import Tensors
-from pipetrain.engine.message import Layout, Values
 from pipetrain.engine.microbatch import split
 from pipetrain.engine.report import Reporter, StepReport
 from pipetrain.engine.stage import Stage
-from pipetrain.engine.structure import decode, encode, key_of
+from pipetrain.engine.structure import key_of
 from pipetrain.engine.tied import Tie, followers, share_memory, sum_gradients
-from pipetrain.engine.transport import Posted, Sent, Transport
-from pipetrain.errors import LayerError, StageFailed
-from pipetrain.schedule import BATCH, Action, Kind, Schedule, Span
-
-_KEY_TAG, _STRUCTURE_TAG, _MISSING_TAG = 1 << 20, 1 << 21, 1 << 22
-# A forward or backward of (stage, peer, micro-batch), seen from the stage.
-_Message = tuple[Kind, int, int, int]
+from pipetrain.engine.transport import Transport
+from pipetrain.errors import StageFailed
+from pipetrain.schedule import BATCH, WEIGHT_GRADIENTS, Action, Kind, Schedule, Span
 
 
 @dataclass(frozen=True)
@@ -76,19 +71,18 @@ class Runtime:
         # What this rank's optimizer steps. Two uses of a tied parameter on one rank share their memory: one of them.
         self.own_parameters = {name: p for name, p in self.parameters.items() if name not in follow}
         self._reporter = Reporter(stages, num_stages, ties, transport, device, memory_bytes)
-        self._told: set[tuple[int, int, int]] = set()
-        self._heard: set[tuple[int, int, int]] = set()
-        self._missing: dict[tuple[int, int, int], frozenset[int]] = {}  # see `_without_missing`
-        self._told_missing: set[tuple[int, int, int]] = set()
+        self._exchange = Exchange(self.stages, transport, device)
         self._do: dict[Kind, Callable[[Action], None]] = {
             Kind.FORWARD: self._forward,
             Kind.RECOMPUTE: self._recompute,
             Kind.BACKWARD: self._backward,
+            Kind.BACKWARD_INPUT: self._backward,
+            Kind.BACKWARD_WEIGHT: self._backward_weight,
             Kind.UPDATE: self._update,
-            Kind.SEND_FORWARD: self._send_forward,
-            Kind.RECEIVE_FORWARD: self._receive_forward,
-            Kind.SEND_BACKWARD: self._send_backward,
-            Kind.RECEIVE_BACKWARD: partial(self._receive, Kind.BACKWARD),
+            Kind.SEND_FORWARD: self._exchange.send_forward,
+            Kind.RECEIVE_FORWARD: self._exchange.receive_forward,
+            Kind.SEND_BACKWARD: self._exchange.send_backward,
+            Kind.RECEIVE_BACKWARD: self._exchange.receive_backward,
         }
 
     # ---- the public face -------------------------------------------------------------------------------------
@@ -103,7 +97,7 @@ class Runtime:
         return Program(
             actions=schedule.actions[self.transport.rank],
             schedule=schedule,
-            trains=any(action.kind is Kind.BACKWARD for action in schedule),
+            trains=any(action.kind in WEIGHT_GRADIENTS for action in schedule),
             recomputed=frozenset((a.stage, a.microbatch) for a in schedule if a.kind is Kind.RECOMPUTE),
         )
 
@@ -185,23 +179,20 @@ class Runtime:
         self._measured: list[list[Tensor]] = []
         self._looking = False
         self._report: StepReport | None = None
-        self._ready: dict[_Message, Tensor | None] = {}
-        self._posted: dict[_Message, Posted] = {}
-        self._sent: dict[_Message, Sent] = {}
-        self._told_now: list[Sent] = []
         for stage in self.stages.values():
             stage.step = step
             stage.train(training)
         self._clock.restart()
-        self._keys = self._agree_on_keys(training)
+        self._exchange.begin(program.schedule)
+        keys = [key_of(piece, training) for piece in self._inputs] if 0 in self.stages else None
+        self._keys = self._exchange.agree_on_keys(keys)
 
     def _run(self, program: Program) -> None:
         with next(iter(self.stages.values())).random.preserved():
             for action in program.actions:
                 self.current = action
                 self._do[action.kind](action)
-        for message in (*self._sent.values(), *self._told_now):
-            message.wait()
+        self._exchange.finish()
         self.current = None
         self.spans = self._clock.spans()
 
@@ -211,7 +202,7 @@ class Runtime:
         s, m = action.stage, action.microbatch
         stage, key = self.stages[s], self._keys[m]
         targets = self._targets[m] if stage.is_last else ()
-        inputs = self._collect(Kind.FORWARD, s, m, key)
+        inputs = self._exchange.collect(Kind.FORWARD, s, m)
         if s == 0:
             stage.wiring.learn_batch(key, self._inputs[m])
             inputs |= {(BATCH, place): tensor for place, tensor in enumerate(self._inputs[m])}
@@ -233,7 +224,7 @@ class Runtime:
         if stage.is_last:
             self._loss += stage.loss_of(values)
             self._measured.append(stage.measured)
-        self._make_ready(Kind.FORWARD, s, m, key, values)
+        self._exchange.make_ready(Kind.FORWARD, s, m, values)
 
     def _recompute(self, action: Action) -> None:
         start = self._clock.now()
@@ -241,127 +232,36 @@ class Runtime:
         self._clock.record(action, start)  # type: ignore[arg-type]
 
     def _backward(self, action: Action) -> None:
+        """B, or I where the schedule splits it."""
         s, m = action.stage, action.microbatch
-        stage, key = self.stages[s], self._keys[m]
-        gradients = self._collect(Kind.BACKWARD, s, m, key)
+        stage = self.stages[s]
+        gradients = self._exchange.collect(Kind.BACKWARD, s, m)
         if stage.is_last:
-            gradients[stage.loss_id] = stage.gradient_of_loss(key, self._total)
-        for to in self._program.schedule.destinations(Kind.FORWARD, s):
-            # Their gradients are here, so the values have arrived: this does not block.
-            if (sent := self._sent.pop((Kind.FORWARD, s, to, m), None)) is not None:
-                sent.wait()
+            gradients[stage.loss_id] = stage.gradient_of_loss(self._keys[m], self._total)
+        self._exchange.retire(s, m)
         start = self._clock.now()
-        gradients = stage.backward(m, gradients)
+        gradients = stage.backward(m, gradients, split=action.kind is Kind.BACKWARD_INPUT)
         self._clock.record(action, start)  # type: ignore[arg-type]
-        self._make_ready(Kind.BACKWARD, s, m, key, gradients)
+        self._exchange.make_ready(Kind.BACKWARD, s, m, gradients)
+
+    def _backward_weight(self, action: Action) -> None:
+        start = self._clock.now()
+        self.stages[action.stage].backward_weight(action.microbatch)
+        self._clock.record(action, start)  # type: ignore[arg-type]
 
     def _update(self, action: Action) -> None:
-        sum_gradients(self._ties, self.parameters, self._program.schedule.placement, self.transport)
-        report = self._reporter.reduce(float(self._loss), self._total, self._request, self._clock.spans())
-        self._report = report
+        """The first of a rank's stages to update does it for all: the optimizer has the parameters of all of them."""
+        report, is_first = self._report, self._report is None
+        if report is None:
+            sum_gradients(self._ties, self.parameters, self._program.schedule.placement, self.transport)
+            report = self._reporter.reduce(float(self._loss), self._total, self._request, self._clock.spans())
+            self._report = report
         start = self._clock.now()
-        self._on_update(report)
+        if is_first:
+            self._on_update(report)
         if report.bad_stage is None:
             self.stages[action.stage].update_statistics()
         self._clock.record(action, start)  # type: ignore[arg-type]
-
-    # ---- messages --------------------------------------------------------------------------------------------
-
-    def _make_ready(self, kind: Kind, s: int, m: int, key: int, values: Values) -> None:
-        """Packs what a forward or backward has made for other stages."""
-        for to in self._program.schedule.destinations(kind, s):
-            layout = self.stages[s].wiring.layout(kind, key, s, to)
-            if kind is Kind.BACKWARD:
-                self._note_missing(s, to, key, layout, values)
-            self._ready[kind, s, to, m] = layout.pack(values, self.device)
-
-    def _collect(self, kind: Kind, s: int, m: int, key: int) -> Values:
-        """Unpacks what other stages have made for a forward or backward; waits for what is on its way."""
-        wiring, values = self.stages[s].wiring, Values()
-        for source in self._program.schedule.sources(kind, s):
-            if source in self.stages:
-                message = self._ready.pop((kind, source, s, m))
-                if kind is Kind.FORWARD:
-                    wiring.learn(key, self.stages[source].wiring.told(key, s))
-            else:
-                posted = self._posted.pop((kind, s, source, m), None)
-                message = None if posted is None else posted.wait()
-            layout = wiring.layout(kind, key, source, s)
-            found = layout.unpack(message, self.device)
-            values |= found if kind is Kind.FORWARD else self._without_missing(source, s, key, layout, found)
-        return values
-
-    def _send(self, kind: Kind, action: Action) -> None:
-        s, m, to = action.stage, action.microbatch, action.peer
-        message = self._ready.pop((kind, s, to, m))
-        if message is not None:
-            tag = self._tag(kind, s, to, m)
-            self._sent[kind, s, to, m] = self.transport.send(message, self._rank_of(to), tag)
-
-    def _receive(self, kind: Kind, action: Action) -> None:
-        s, m, source = action.stage, action.microbatch, action.peer
-        wire = self.stages[s].wiring.layout(kind, self._keys[m], source, s).wire
-        if wire is not None:
-            tag = self._tag(kind, source, s, m)
-            self._posted[kind, s, source, m] = self.transport.post(wire, self._rank_of(source), tag)
-
-    def _send_forward(self, action: Action) -> None:
-        """Before the first message of a kind goes what its receiver must know of it."""
-        s, to, key = action.stage, action.peer, self._keys[action.microbatch]
-        if (s, to, key) not in self._told:
-            self._told.add((s, to, key))
-            data = encode(self.stages[s].wiring.told(key, to))
-            for part in (torch.tensor([len(data)]), data):
-                self._told_now.append(self.transport.tell(part, self._rank_of(to), _STRUCTURE_TAG + s))
-        self._send(Kind.FORWARD, action)
-
-    def _receive_forward(self, action: Action) -> None:
-        s, source, key = action.stage, action.peer, self._keys[action.microbatch]
-        if (source, s, key) not in self._heard:
-            self._heard.add((source, s, key))
-            rank, tag = self._rank_of(source), _STRUCTURE_TAG + source
-            size = int(self.transport.hear(torch.zeros(1, dtype=torch.int64), rank, tag))
-            data = self.transport.hear(torch.empty(size, dtype=torch.uint8), rank, tag)
-            self.stages[s].wiring.learn(key, decode(data))
-        self._receive(Kind.FORWARD, action)
-
-    def _send_backward(self, action: Action) -> None:
-        """With the first message of a kind goes which of its gradients do not exist."""
-        s, to, key = action.stage, action.peer, self._keys[action.microbatch]
-        layout = self.stages[s].wiring.layout(Kind.BACKWARD, key, s, to)
-        if (s, to, key) not in self._told_missing and layout.parts:
-            self._told_missing.add((s, to, key))
-            missing = torch.tensor([place in self._missing[s, to, key] for place in range(len(layout.parts))])
-            self._told_now.append(self.transport.tell(missing.to(torch.uint8), self._rank_of(to), _MISSING_TAG + s))
-        self._send(Kind.BACKWARD, action)
-
-    def _note_missing(self, s: int, to: int, key: int, layout: Layout, values: Values) -> None:
-        missing = layout.missing(values)
-        if first := self._missing.setdefault((s, to, key), missing) - missing:
-            name = self.stages[s].wiring.name(layout.parts[min(first)][0][0])
-            raise LayerError(
-                f"the loss depends on the output of layer {name} now, but did not in the first micro-batch of this "
-                "shape; let a gradient pass there always or never"
-            )
-
-    def _without_missing(self, source: int, s: int, key: int, layout: Layout, values: Values) -> Values:
-        """Only gradients that exist. The others travel as zeros: sizes must not differ between micro-batches."""
-        if (source, s, key) not in self._missing and layout.parts:
-            like = torch.zeros(len(layout.parts), dtype=torch.uint8)
-            told = self.transport.hear(like, self._rank_of(source), _MISSING_TAG + source)
-            self._missing[source, s, key] = frozenset(place for place, is_missing in enumerate(told) if is_missing)
-        for place in self._missing.get((source, s, key), ()):
-            del values[layout.parts[place][0]]
-        return values
-
-    def _rank_of(self, stage: int) -> int:
-        return self._program.schedule.placement[stage]
-
-    def _tag(self, kind: Kind, from_stage: int, to_stage: int, m: int) -> int:
-        """A number of its own for each message of a step."""
-        schedule = self._program.schedule
-        pair = from_stage * schedule.num_stages + to_stage
-        return (pair * schedule.num_microbatches + m) * 2 + (kind is Kind.BACKWARD)
 
     # ---- agreements ------------------------------------------------------------------------------------------
 
@@ -376,15 +276,3 @@ class Runtime:
                 f"ranks {different} hold another schedule or another version of torch than rank 0: "
                 "start all ranks with the same settings and the same environment"
             )
-
-    def _agree_on_keys(self, training: bool) -> list[int]:
-        """What kind each micro-batch of this step is; the first rank says it, each passes it on."""
-        rank, program = self.transport.rank, self._program
-        keys = torch.zeros(program.schedule.num_microbatches, dtype=torch.int64)
-        if rank == 0:
-            keys = torch.tensor([key_of(inputs, training) for inputs in self._inputs])
-        else:
-            keys = self.transport.hear(keys, rank - 1, _KEY_TAG)
-        if rank + 1 < self.transport.num_ranks:
-            self._told_now.append(self.transport.tell(keys, rank + 1, _KEY_TAG))
-        return [int(key) for key in keys]

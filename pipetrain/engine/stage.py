@@ -24,13 +24,13 @@ from pipetrain.schedule import Dataflow
 
 @dataclass
 class _InFlight:
-    """A micro-batch between its forward and its backward. `inputs` and `own` are for a recompute to start from."""
+    """A micro-batch between its forward and its last gradient. `inputs` and `own` are for a recompute to start from."""
 
     key: int
     targets: Tensors
     inputs: Values = field(default_factory=dict)
     own: dict[int, list[list[Any]]] = field(default_factory=dict)  # what each layer changed in itself, as it was
-    graphs: list[tuple[int, Inputs, LayerGraph]] = field(default_factory=list)
+    graphs: dict[int, tuple[Inputs, LayerGraph]] = field(default_factory=dict)  # by layer
     dead_ends: list[int] = field(default_factory=list)  # layers that get gradients and cannot pass them on
 
 
@@ -48,6 +48,7 @@ class Stage:
         loss_sum: LossSum | None = None,
         measures: Sequence[LossSum] = (),
         autocast_dtype: torch.dtype | None = None,
+        recomputes: Callable[[str], bool] = lambda layer: True,
     ) -> None:
         """
         Args:
@@ -58,6 +59,8 @@ class Stage:
             loss_sum: on the last stage only.
             measures: further sums over the samples that are wanted in evaluation, there too.
             autocast_dtype: None computes in the parameters' own precision.
+            recomputes: whether a recompute runs a layer, by its name; the others keep their graphs. The loss is
+                called "loss".
         """
         self.index = index
         self.layers = [Layer(*layer) for layer in layers]
@@ -73,6 +76,7 @@ class Stage:
         self._loss = Loss(loss_sum, measures) if loss_sum is not None else None
         self._all = [*self.layers, Layer("loss", "loss.", self._loss)] if self._loss is not None else self.layers
         self._first = dataflow.stage_of.index(index)
+        self._recomputed = {number for number, layer in enumerate(self._all, self._first) if recomputes(layer.name)}
         self._in_flight: dict[int, _InFlight] = {}
         self._came_training = [(m, m.training) for layer in self.layers for m in layer.module.modules()]
         self._trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
@@ -148,21 +152,19 @@ class Stage:
         state = _InFlight(key, targets)
         if for_backward:
             self._in_flight[microbatch] = state
-            if not keep_graph:
-                state.inputs = dict(inputs)
         self._count_statistics(microbatch if for_backward else None)
         values = self._run(microbatch, inputs, state, for_backward, keep_graph=keep_graph)
         return values
 
     def recompute(self, microbatch: int) -> None:
-        """Runs the forward again to have its graph."""
+        """Runs forwards again to have their graphs."""
         state = self._in_flight[microbatch]
         self._count_statistics(None)
         self._run(microbatch, state.inputs, state, with_graph=True, again=True)
         state.inputs, state.own = {}, {}
 
-    def backward(self, microbatch: int, gradients: Values) -> Values:
-        """Runs all layers backwards, adding to the `.grad` of their parameters.
+    def backward(self, microbatch: int, gradients: Values, *, split: bool = False) -> Values:
+        """Runs all layers backwards, adding to the `.grad` of their parameters, or leaving that to `backward_weight`.
 
         Args:
             gradients: of the values that others used, as summed so far, where there are any; on the last stage that
@@ -172,16 +174,26 @@ class Stage:
             The gradients, as summed so far, of the values that came from other stages. A value that the loss does not
             depend on has none: behind a `detach` plain PyTorch leaves `.grad` None, and optimizers heed that.
         """
-        graphs = self._in_flight.pop(microbatch).graphs
+        state = self._in_flight[microbatch]
+        if not split:
+            del self._in_flight[microbatch]
         self._count_statistics(None)
-        while graphs:
-            number, inputs, graph = graphs.pop()
+        for number in sorted(state.graphs, reverse=True):
+            inputs, graph = state.graphs[number] if split else state.graphs.pop(number)
             self.random.before_backward(self.step, microbatch)
             own = {leaf: gradients.pop((layer, leaf)) for layer, leaf in list(gradients) if layer == number}
-            for value, share in zip(inputs.wanting_gradients, graph.backward(own), strict=True):
+            for value, share in zip(inputs.wanting_gradients, graph.backward(own, split=split), strict=True):
                 if share is not None:
                     gradients[value] = gradients[value] + share if value in gradients else share
         return gradients
+
+    def backward_weight(self, microbatch: int) -> None:
+        """Adds to the `.grad` of all parameters, after a `backward` that was split."""
+        graphs = self._in_flight.pop(microbatch).graphs
+        self._count_statistics(None)
+        for number in sorted(graphs, reverse=True):
+            self.random.before_backward(self.step, microbatch)
+            graphs.pop(number)[1].backward_weight()
 
     def loss_of(self, values: Values) -> Tensor:
         """The loss sum among what `forward` returned on the last stage."""
@@ -243,14 +255,20 @@ class Stage:
             self._loss.targets = state.targets
         with self._autocast():
             for number, layer in enumerate(self._all, self._first):
+                is_recomputed = number in self._recomputed
+                if again and not is_recomputed:
+                    continue
                 self.random.before(layer.name, self.step, microbatch)
                 wired = self.wiring.inputs(key, number)
                 taken = [values[value] for value in wired.values]
+                if is_recomputed and not keep_graph:
+                    kept = zip(wired.values, taken, strict=True)
+                    state.inputs.update((value, x) for value, x in kept if value[0] not in self._recomputed)
                 with self._own_state(layer, number, state, again):
                     if with_graph:
                         leaves, spec, graph = layer.forward_with_graph(taken, wired.arrange, wired.needs_grad)
-                        if keep_graph:
-                            state.graphs.append((number, wired, graph))
+                        if keep_graph or not is_recomputed:
+                            state.graphs[number] = wired, graph
                         if graph.is_empty:
                             self._note_dead_end(number, layer, wired, state)
                     else:

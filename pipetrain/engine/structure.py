@@ -21,6 +21,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pipetrain.seeds import derive_seed
 
+ALIGNMENT_BYTES = 64  # of the memory that torch allocates
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -59,12 +61,22 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def without_gaps(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a contiguous copy where its memory has gaps or overlaps, as after a slice or an expand."""
+    """The tensor itself, or a copy where its memory has gaps or overlaps, as after a slice or an expand, or is not
+    aligned."""
     tensor = tensor.resolve_conj().resolve_neg()
     if tensor.is_contiguous():
-        return tensor
+        return aligned(tensor)
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor if tensor.permute(order).is_contiguous() else tensor.contiguous()
+    return aligned(tensor) if tensor.permute(order).is_contiguous() else tensor.contiguous()
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy of the same strides where it begins in the middle of somebody else's memory.
+
+    MKL computes products of matrices with other instructions, so with other last bits, where they are not aligned. What
+    has travelled is; so must be what has not.
+    """
+    return tensor if tensor.data_ptr() % ALIGNMENT_BYTES == 0 else tensor.clone()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Every rule about settings, in one place; all of them are checked before a worker starts.
 
-`check` collects everything that is wrong with the settings by themselves. `check_model` and `check_resume` add the
-rules that need a fact found later: the layers of the model, the settings of the run to go on with. No torch here.
+`check` collects everything that is wrong with the settings by themselves. `check_model`, `check_recomputed_layers` and
+`check_resume` add the rules that need a fact found later: the layers of the model, the settings of the run to go on
+with. No torch here.
 """
 
 import dataclasses
@@ -10,24 +11,21 @@ from typing import Any
 
 from pipetrain.config import (
     AmoebaNetConfig,
-    AnythingConfig,
     Config,
     ImagesConfig,
     SyntheticConfig,
     TextConfig,
     TransformerConfig,
 )
-from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError
 from pipetrain.rules.data import check_images, check_synthetic, check_text
 from pipetrain.rules.lr_rules import LR_RULES, check_lr_rule
 from pipetrain.rules.models import check_amoebanet, check_anything, check_transformer
 from pipetrain.rules.optimizers import check_optimizer
-from pipetrain.rules.words import plain, shown
-from pipetrain.schedule import SCHEDULES
+from pipetrain.rules.pipeline import check_model, check_pipeline, check_recomputed_layers
+from pipetrain.rules.words import plain
 from pipetrain.suggest import one_of
 
-RECOMPUTE = ("always", "never")
 ACTIONS = ("train", "check")
 PRECISIONS = ("fp32", "bf16", "fp64")
 LOGIT_CLIP_KINDS = ("hard", "soft")
@@ -52,7 +50,7 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
     problems: list[str] = []
     _check_ranges(cfg, problems)
     _check_choices(cfg, problems)
-    _check_pipeline(cfg, num_gpus, world_size, problems)
+    check_pipeline(cfg, num_gpus, world_size, problems)
     for check_part in (check_text, check_synthetic, check_images, check_transformer, check_anything, check_amoebanet):
         check_part(cfg, problems)
     check_optimizer(cfg.optimizer, problems)
@@ -88,6 +86,7 @@ def _check_ranges(cfg: Config, problems: list[str]) -> None:
         ("epochs", cfg.epochs, 1),
         ("partitions", cfg.partitions, 1),
         ("log_every", cfg.log_every, 1),
+        ("trace_every", cfg.trace_every, 0),
         ("eval.every", cfg.eval.every, 0),
         ("eval.batches", cfg.eval.batches, 1),
         ("checkpoint.every", cfg.checkpoint.every, 0),
@@ -126,8 +125,6 @@ def _check_ranges(cfg: Config, problems: list[str]) -> None:
 def _check_choices(cfg: Config, problems: list[str]) -> None:
     choices: list[tuple[str, str, tuple[str, ...]]] = [
         ("action", cfg.action, ACTIONS),
-        ("schedule", cfg.schedule, tuple(SCHEDULES)),
-        ("recompute", cfg.recompute, RECOMPUTE),
         ("precision", cfg.precision, PRECISIONS),
         ("logit_clip_kind", cfg.logit_clip_kind, LOGIT_CLIP_KINDS),
         ("lr_rule.name", cfg.lr_rule.name, LR_RULES),
@@ -144,68 +141,6 @@ def _check_choices(cfg: Config, problems: list[str]) -> None:
     for key, value, allowed in choices:
         if value not in allowed:
             problems.append(f"{key}={value}: no such choice. {one_of(value, allowed)}")
-
-
-def _check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems: list[str]) -> None:
-    try:
-        devices = parse_devices(cfg.devices, num_gpus, cfg.partitions) if world_size is None else ("any",) * world_size
-    except ConfigError as error:
-        problems.append(str(error))
-    else:
-        if world_size is not None and cfg.devices not in ("auto", "cpu"):
-            problems.append(
-                f"devices={cfg.devices}, but torchrun started {world_size} processes and chooses the devices; "
-                "leave devices out, or use devices=auto where a file sets it"
-            )
-        if cfg.partitions is not None and cfg.partitions != len(devices):
-            problems.append(
-                f"partitions={cfg.partitions}, but devices={cfg.devices} gives {len(devices)} devices and "
-                f"schedule={cfg.schedule} runs one stage on each; use devices={cfg.partitions} or leave partitions out"
-            )
-        elif isinstance(cfg.balance, list) and cfg.balance and len(cfg.balance) != len(devices):
-            problems.append(
-                f"balance={shown(cfg.balance)} names {len(cfg.balance)} stages, but there are {len(devices)} devices; "
-                f"use devices={len(cfg.balance)}, or a list of {len(devices)}, or balance=even"
-            )
-    if isinstance(cfg.balance, list):
-        bad = [n for n in cfg.balance if isinstance(n, bool) or not isinstance(n, int) or n < 1]
-        if bad or not cfg.balance:
-            problems.append(
-                f"balance={shown(cfg.balance)} must be a list of whole numbers, each at least 1: "
-                "every stage needs a layer"
-            )
-    elif cfg.balance != "even":
-        problems.append(f"balance={cfg.balance} must be even or a list of layers per stage, such as balance=[2,3,3]")
-    if cfg.micro_batches is not None and cfg.micro_batches > cfg.batch_size >= 1:
-        problems.append(
-            f"micro_batches={cfg.micro_batches} is more than batch_size={cfg.batch_size}: a micro-batch needs at least "
-            f"one sample; use micro_batches={cfg.batch_size} or a larger batch_size"
-        )
-
-
-def check_model(cfg: Config, num_layers: int, num_stages: int) -> None:
-    """Checks the rules between the pipeline and the layers of the built recipe.
-
-    Raises:
-        ConfigError: if the balance does not fit the layers, or there are more stages than layers.
-    """
-    if num_stages > num_layers:
-        way_out = (
-            "a model whose forward is made of smaller sub-modules, or a list of blocks from the factory"
-            if isinstance(cfg.model, AnythingConfig)
-            else "a deeper model"
-        )
-        raise ConfigError(
-            f"devices={cfg.devices} makes {num_stages} stages, but the model has only {num_layers} layers "
-            "and every stage needs one; "
-            f"use devices={num_layers} or fewer, or {way_out}"
-        )
-    if isinstance(cfg.balance, list) and sum(cfg.balance) != num_layers:
-        last = num_layers - sum(cfg.balance[:-1])
-        remedy = f"the last number could be {last}" if last >= 1 else "use smaller numbers or balance=even"
-        raise ConfigError(
-            f"balance={shown(cfg.balance)} sums to {sum(cfg.balance)}, but the model has {num_layers} layers ({remedy})"
-        )
 
 
 def check_resume(cfg: Config, saved: dict[str, Any]) -> None:
@@ -239,3 +174,6 @@ def changes(cfg: Config, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     ignored = {"data.path", "data.cache_dir", "data.workers", "resume", "name", "action", "check.steps"}
     keys = [key for key in {**before, **now} if key not in ignored]
     return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+
+
+__all__ = ["changes", "check", "check_model", "check_recomputed_layers", "check_resume"]

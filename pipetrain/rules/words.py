@@ -1,6 +1,5 @@
 """Values as a user would type them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -8,5 +7,5 @@ def plain(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def shown(numbers: Sequence[int]) -> str:
-    return "[" + ",".join(map(str, numbers)) + "]"
+def shown(value: Any) -> str:
+    return "[" + ",".join(map(str, value)) + "]" if isinstance(value, list | tuple) else plain(value)

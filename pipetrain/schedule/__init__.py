@@ -1,54 +1,155 @@
 """Schedules as data: generated, verified, simulated, drawn and executed from one object. No torch in this package."""
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from pipetrain.schedule.action import MESSAGES, Action, Kind, Schedule, Skips
+from pipetrain.errors import ScheduleError
+from pipetrain.schedule.action import INPUT_GRADIENTS, MESSAGES, WEIGHT_GRADIENTS, Action, Kind, Schedule, Skips
+from pipetrain.schedule.csv_file import read_csv, write_csv
 from pipetrain.schedule.dataflow import BATCH, Dataflow, Take
 from pipetrain.schedule.messages import add_messages
-from pipetrain.schedule.recompute import add_recompute
+from pipetrain.schedule.recompute import ALWAYS, EXCEPT_LAST, NEVER, POLICIES, SELECTIVE, add_recompute
 from pipetrain.schedule.show import grid
-from pipetrain.schedule.synchronous import forward_only, gpipe
+from pipetrain.schedule.synchronous import forward_only, gpipe, gpipe_lifo, interleaved, looped_bfs, one_f_one_b
 from pipetrain.schedule.timeline import Span, bubble_fraction, timeline
-from pipetrain.schedule.verify import peak_in_flight, verify
+from pipetrain.schedule.verify import peak_in_flight, verify, verify_compute, verify_messages
+from pipetrain.schedule.zero_bubble import zb_h1, zb_v
 
-# What `schedule=` can be: a function of (number of stages, number of micro-batches).
-SCHEDULES = {"gpipe": gpipe}
+
+@dataclass(frozen=True)
+class Family:
+    """A schedule for every size.
+
+    Attributes:
+        generate: a function of (ranks, micro-batches, stages per rank).
+        usual: stages per rank where nothing is said.
+        fewest, most: stages per rank; None is any number.
+    """
+
+    generate: Callable[[int, int, int], Schedule]
+    usual: int = 1
+    fewest: int = 1
+    most: int | None = 1
+
+    def fits(self, num_stages: int, num_ranks: int) -> bool:
+        """Whether so many stages can be on so many ranks."""
+        each, left = divmod(num_stages, num_ranks)
+        return left == 0 and each >= self.fewest and (self.most is None or each <= self.most)
+
+
+# What `schedule=` can be, beside the path of a CSV file.
+SCHEDULES = {
+    "gpipe": Family(gpipe),
+    "gpipe_lifo": Family(gpipe_lifo),
+    "1f1b": Family(one_f_one_b),
+    "interleaved": Family(interleaved, usual=2, fewest=2, most=None),
+    "looped_bfs": Family(looped_bfs, usual=2, fewest=2, most=None),
+    "zb_h1": Family(zb_h1, most=None),
+    "zb_v": Family(zb_v, usual=2, fewest=2, most=2),
+}
 NO_SKIPS = Skips()
 
 
-def build(name: str, num_stages: int, num_microbatches: int, *, recompute: bool, skips: Skips = NO_SKIPS) -> Schedule:
-    """Generates a training schedule, runs the passes over it and verifies the result."""
-    schedule = replace(SCHEDULES[name](num_stages, num_microbatches), skips=skips)
-    if recompute:
-        schedule = add_recompute(schedule)
-    return verify(add_messages(schedule))
+def is_file(name: str) -> bool:
+    """Whether `schedule=name` names a file and not a family."""
+    return name.endswith(".csv")
 
 
-def build_forward_only(num_stages: int, num_microbatches: int, skips: Skips = NO_SKIPS) -> Schedule:
+def generate(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
+    """The compute of a schedule: a generator's, or a file's as it is.
+
+    Raises:
+        ScheduleError: if a file cannot be read, is not sound, or is for other numbers.
+    """
+    if not is_file(name):
+        return SCHEDULES[name].generate(num_ranks, num_microbatches, stages_per_rank)
+    schedule = verify_compute(read_file(name))
+    found = schedule.num_ranks, schedule.num_microbatches
+    if found != (num_ranks, num_microbatches):
+        raise ScheduleError(
+            f"schedule={name} is for {found[0]} ranks and {found[1]} micro-batches, not for {num_ranks} and "
+            f"{num_microbatches}"
+        )
+    return schedule
+
+
+def read_file(path: str) -> Schedule:
+    """The compute of a CSV file.
+
+    Raises:
+        ScheduleError: if it cannot be read or holds no schedule.
+    """
+    try:
+        return read_csv(path, Path(path).expanduser().read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScheduleError(f"schedule={path} cannot be read: {error}") from error
+
+
+def build(
+    name: str,
+    num_ranks: int,
+    num_microbatches: int,
+    *,
+    stages_per_rank: int | None = None,
+    recompute: str | Sequence[str],
+    skips: Skips = NO_SKIPS,
+) -> Schedule:
+    """A training schedule with everything in it, verified.
+
+    Args:
+        stages_per_rank: None is what is usual for the schedule.
+        recompute: a policy of `add_recompute` for all stages, or one for each.
+
+    Raises:
+        ScheduleError: if the schedule is not sound.
+    """
+    usual = 1 if is_file(name) else SCHEDULES[name].usual
+    compute = replace(generate(name, num_ranks, num_microbatches, stages_per_rank or usual), skips=skips)
+    policies = [recompute] * compute.num_stages if isinstance(recompute, str) else recompute
+    return verify_messages(add_messages(verify_compute(add_recompute(compute, policies))))
+
+
+def build_forward_only(placement: tuple[int, ...], num_microbatches: int, skips: Skips = NO_SKIPS) -> Schedule:
     """The schedule of an evaluation batch, verified."""
-    return verify(add_messages(replace(forward_only(num_stages, num_microbatches), skips=skips)))
+    return verify(add_messages(replace(forward_only(placement, num_microbatches), skips=skips)))
+
+
+def forward_only_like(schedule: Schedule, num_microbatches: int) -> Schedule:
+    """The schedule of an evaluation batch on the stages of a training schedule."""
+    return build_forward_only(schedule.placement, num_microbatches, schedule.skips)
 
 
 __all__ = [
+    "ALWAYS",
     "BATCH",
+    "EXCEPT_LAST",
+    "INPUT_GRADIENTS",
     "MESSAGES",
+    "NEVER",
+    "POLICIES",
     "SCHEDULES",
+    "SELECTIVE",
+    "WEIGHT_GRADIENTS",
     "Action",
     "Dataflow",
+    "Family",
     "Kind",
     "Schedule",
     "Skips",
     "Span",
     "Take",
-    "add_messages",
-    "add_recompute",
     "bubble_fraction",
     "build",
     "build_forward_only",
-    "forward_only",
-    "gpipe",
+    "forward_only_like",
+    "generate",
     "grid",
+    "is_file",
     "peak_in_flight",
+    "read_csv",
+    "read_file",
     "timeline",
     "verify",
+    "write_csv",
 ]

@@ -7,16 +7,19 @@ M = number of micro-batches. Stages, micro-batches, ranks and steps count from 0
     F        forward of one micro-batch through one stage      2F0
     R        the same forward again, to have its graph         2R0
     B        backward                                          2B0
+    I        the half of B that gives the input's gradient     2I0
+    W        the half of B that gives the weights' gradients   2W0
     U        optimizer update of one stage                     2U
     SEND_F   hand the output of F to the next stage            2SEND_F0
     RECV_F   post the receive of the previous stage's output   2RECV_F0
-    SEND_B   hand the input's gradient to the previous stage   2SEND_B0
+    SEND_B   hand the gradient of B or I to the previous stage 2SEND_B0
     RECV_B   post the receive of the next stage's gradient     2RECV_B0
 
 A message between stages that are not neighbours (a skip) names the other one: 0>2SEND_F0 and 2<0RECV_F0.
 
-A generator (`synchronous`) emits compute actions only; the passes in `recompute` and `messages` add the
-rest. The same object is then verified, simulated, drawn and executed: an order is never written down twice.
+A generator (`synchronous`, `zero_bubble`) or a file (`csv_file`) gives compute actions only; the passes in `recompute`
+and `messages` add the rest. The same object is then verified, simulated, drawn and executed: an order is never written
+down twice.
 """
 
 import hashlib
@@ -24,6 +27,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from pipetrain.errors import ScheduleError
 
@@ -34,6 +38,8 @@ class Kind(Enum):
     FORWARD = "F"
     RECOMPUTE = "R"
     BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
     UPDATE = "U"
     SEND_FORWARD = "SEND_F"
     RECEIVE_FORWARD = "RECV_F"
@@ -49,12 +55,15 @@ _NEIGHBOUR = {Kind.SEND_FORWARD: +1, Kind.RECEIVE_FORWARD: -1, Kind.SEND_BACKWAR
 MESSAGES = frozenset(_NEIGHBOUR)
 SENDS = frozenset({Kind.SEND_FORWARD, Kind.SEND_BACKWARD})
 
-_TEXT = re.compile(r"(\d+)(?:[<>](\d+))?(SEND_F|RECV_F|SEND_B|RECV_B|F|R|B|U)(\d*)")
+# What a stage hands its input's gradient on with, and what adds to its weights' gradients: a B is both.
+INPUT_GRADIENTS = frozenset({Kind.BACKWARD, Kind.BACKWARD_INPUT})
+WEIGHT_GRADIENTS = frozenset({Kind.BACKWARD, Kind.BACKWARD_WEIGHT})
+
+_TEXT = re.compile(r"(\d+)(?:[<>](\d+))?(SEND_F|RECV_F|SEND_B|RECV_B|F|R|B|I|W|U)(\d*)")
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One piece of work of one stage.
+class Action(NamedTuple):
+    """One piece of work of one stage. (A named tuple: schedules have many, and sets of them must be quick.)
 
     `microbatch` is -1 for an update, which belongs to the whole mini-batch. `step` counts the
     mini-batches inside one schedule: always 0 where a step ends with a flush. `skips_to` is the stage at the other end
@@ -128,6 +137,15 @@ class Schedule:
     @property
     def num_ranks(self) -> int:
         return len(self.actions)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether backwards come in two halves."""
+        return any(action.kind is Kind.BACKWARD_WEIGHT for action in self)
+
+    def stages_of(self, rank: int) -> list[int]:
+        """The stages that live on a rank, ascending."""
+        return [stage for stage, home in enumerate(self.placement) if home == rank]
 
     def __iter__(self) -> Iterator[Action]:
         """All actions, rank by rank."""

@@ -8,12 +8,13 @@ A receive stands where its message starts on the nominal timeline, usually one c
 it: the receiving rank has posted it before it computes, and the transfer runs beside the computation.
 """
 
-from pipetrain.schedule.action import Action, Kind, Schedule
+from pipetrain.schedule.action import INPUT_GRADIENTS, Action, Kind, Schedule
 from pipetrain.schedule.timeline import Span, timeline
 
 _ENDS = {
     Kind.FORWARD: (Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD),
     Kind.BACKWARD: (Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD),
+    Kind.BACKWARD_INPUT: (Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD),
 }
 
 
@@ -34,9 +35,9 @@ def _message_order(span: Span) -> tuple[float, int, int]:
     action = span.action
     if action.kind is Kind.FORWARD:
         return span.end_s, 0, action.stage
-    if action.kind is Kind.BACKWARD:
+    if action.kind in INPUT_GRADIENTS:
         return span.end_s, 0, -action.stage
-    return span.end_s, 1 if action.kind is Kind.RECOMPUTE else 2, action.stage
+    return span.end_s, 2 if action.kind is Kind.UPDATE else 1, action.stage
 
 
 def _messages_of(schedule: Schedule, action: Action) -> list[tuple[Action, Action]]:

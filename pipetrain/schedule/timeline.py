@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pipetrain.errors import ScheduleError
-from pipetrain.schedule.action import Action, Kind, Schedule
+from pipetrain.schedule.action import INPUT_GRADIENTS, WEIGHT_GRADIENTS, Action, Kind, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,16 @@ class Span:
         return self.end_s - self.start_s
 
 
-# A backward is taken to cost two forwards, an update nothing: good enough to order messages and to draw.
-_NOMINAL = {Kind.FORWARD: 1.0, Kind.RECOMPUTE: 1.0, Kind.BACKWARD: 2.0, Kind.UPDATE: 0.0}
+# A backward is taken to cost two forwards, each of its halves one, an update nothing: good enough to order messages and
+# to draw.
+_NOMINAL = {
+    Kind.FORWARD: 1.0,
+    Kind.RECOMPUTE: 1.0,
+    Kind.BACKWARD: 2.0,
+    Kind.BACKWARD_INPUT: 1.0,
+    Kind.BACKWARD_WEIGHT: 1.0,
+    Kind.UPDATE: 0.0,
+}
 
 
 def nominal_duration(action: Action) -> float:
@@ -33,27 +41,34 @@ def nominal_duration(action: Action) -> float:
     return _NOMINAL[action.kind]
 
 
-def needs(schedule: Schedule, action: Action, exists: Callable[[Action], bool]) -> list[Action]:
-    """The compute actions, of whichever rank, that must have ended before `action` can start.
+class Dependencies:
+    """What every compute action of a schedule waits for."""
 
-    `exists` tells whether the schedule holds an action: a backward waits for its recompute where there is one.
-    """
-    s, m, step = action.stage, action.microbatch, action.step
-    last = schedule.num_stages - 1
-    if action.kind is Kind.FORWARD:
-        return [Action(Kind.FORWARD, s - 1, m, step)] if s > 0 else []
-    if action.kind is Kind.RECOMPUTE:
-        return [Action(Kind.FORWARD, s, m, step)]
-    if action.kind is Kind.BACKWARD:
-        recompute = Action(Kind.RECOMPUTE, s, m, step)
-        own = recompute if exists(recompute) else Action(Kind.FORWARD, s, m, step)
-        return [own, Action(Kind.BACKWARD, s + 1, m, step)] if s < last else [own]
-    # A synchronous update waits for all gradients: their norm is global.
-    return [
-        Action(Kind.BACKWARD, stage, microbatch, step)
-        for stage in range(schedule.num_stages)
-        for microbatch in range(schedule.num_microbatches)
-    ]
+    def __init__(self, schedule: Schedule) -> None:
+        self._last_stage = schedule.num_stages - 1
+        self._everything = set(schedule)
+        # A rank's last gradient stands for all that it has: actions of one rank keep their order.
+        lasts = ([a for a in row if a.kind in WEIGHT_GRADIENTS][-1:] for row in schedule.actions)
+        self._last_gradients = [action for last in lasts for action in last]
+
+    def of(self, action: Action) -> list[Action]:
+        """The compute actions, of whichever rank, that must have ended before `action` can start."""
+        s, m, step = action.stage, action.microbatch, action.step
+        if action.kind is Kind.FORWARD:
+            return [Action(Kind.FORWARD, s - 1, m, step)] if s > 0 else []
+        if action.kind is Kind.RECOMPUTE:
+            return [Action(Kind.FORWARD, s, m, step)]
+        if action.kind in INPUT_GRADIENTS:
+            recompute = Action(Kind.RECOMPUTE, s, m, step)
+            own = recompute if recompute in self._everything else Action(Kind.FORWARD, s, m, step)
+            return [own, self._input_gradient(s + 1, m, step)] if s < self._last_stage else [own]
+        if action.kind is Kind.BACKWARD_WEIGHT:
+            return [Action(Kind.BACKWARD_INPUT, s, m, step)]
+        return self._last_gradients  # a synchronous update waits for all gradients: their norm is global
+
+    def _input_gradient(self, s: int, m: int, step: int) -> Action:
+        half = Action(Kind.BACKWARD_INPUT, s, m, step)
+        return half if half in self._everything else Action(Kind.BACKWARD, s, m, step)
 
 
 def timeline(
@@ -75,7 +90,7 @@ def timeline(
         ScheduleError: if some action can never start.
     """
     rows = schedule.compute().actions
-    everything = {action for row in rows for action in row}
+    dependencies = Dependencies(schedule)
     ended: dict[Action, float] = {}
     spans: list[Span] = []
     position = [0] * len(rows)
@@ -86,7 +101,7 @@ def timeline(
         for rank, row in enumerate(rows):
             while position[rank] < len(row):
                 action = row[position[rank]]
-                ready = _ready_at(needs(schedule, action, everything.__contains__), action, ended, delay)
+                ready = _ready_at(dependencies.of(action), action, ended, delay)
                 if ready is None:
                     break
                 start = max(clock[rank], ready)
@@ -96,7 +111,7 @@ def timeline(
                 progress = True
     blocked = [row[position[rank]] for rank, row in enumerate(rows) if position[rank] < len(row)]
     if blocked:
-        missing = [a for a in needs(schedule, blocked[0], everything.__contains__) if a not in ended]
+        missing = [a for a in dependencies.of(blocked[0]) if a not in ended]
         raise ScheduleError(f"{blocked[0]} can never start: it waits for {', '.join(map(str, missing))}")
     return sorted(spans, key=lambda span: (span.end_s, span.start_s))
 

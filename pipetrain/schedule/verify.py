@@ -1,17 +1,18 @@
 """Proves that a schedule can be run, or says which action is wrong.
 
 Checked: every action is once on the rank of its stage; every micro-batch goes forward once through every stage and, in
-a training schedule, back once; a recompute stands between its forward and its backward; backwards come in micro-batch
-order (what makes weights independent of the schedule); each stage updates once, after its last backward; messages come
-in pairs; and nothing ever waits for ever, even if every send and receive blocked until its partner is there.
+a training schedule, back once, whole or in two halves; a recompute stands between its forward and its backward; all
+stages add up their gradients in one order of micro-batches (so weights do not depend on the cut); each stage updates
+once, after its last gradient; messages come in pairs; and nothing ever waits for ever, even if every send and receive
+blocked until its partner is there.
 """
 
 from collections import Counter
 
 from pipetrain.errors import ScheduleError
-from pipetrain.schedule.action import MESSAGES, Action, Kind, Schedule
+from pipetrain.schedule.action import INPUT_GRADIENTS, MESSAGES, WEIGHT_GRADIENTS, Action, Kind, Schedule
 from pipetrain.schedule.show import mark
-from pipetrain.schedule.timeline import needs
+from pipetrain.schedule.timeline import Dependencies
 
 _PARTNER = {
     Kind.SEND_FORWARD: Kind.RECEIVE_FORWARD,
@@ -19,32 +20,48 @@ _PARTNER = {
     Kind.SEND_BACKWARD: Kind.RECEIVE_BACKWARD,
     Kind.RECEIVE_BACKWARD: Kind.SEND_BACKWARD,
 }
-_PRODUCER = {Kind.SEND_FORWARD: Kind.FORWARD, Kind.SEND_BACKWARD: Kind.BACKWARD}
-_RECEIVE = {Kind.FORWARD: Kind.RECEIVE_FORWARD, Kind.BACKWARD: Kind.RECEIVE_BACKWARD}
+_PRODUCERS = {Kind.SEND_FORWARD: (Kind.FORWARD,), Kind.SEND_BACKWARD: tuple(INPUT_GRADIENTS)}
+_RECEIVE = {
+    Kind.FORWARD: Kind.RECEIVE_FORWARD,
+    Kind.BACKWARD: Kind.RECEIVE_BACKWARD,
+    Kind.BACKWARD_INPUT: Kind.RECEIVE_BACKWARD,
+}
 
 
 def verify(schedule: Schedule) -> Schedule:
     """Returns the schedule unchanged if it is sound.
 
     Raises:
-        ScheduleError: with the rule that is broken and the rank's list with an arrow at the culprit.
+        ScheduleError: with the rule that is broken and the ranks' lists with an arrow at the culprit.
     """
+    return verify_messages(verify_compute(schedule))
+
+
+def verify_messages(schedule: Schedule) -> Schedule:
+    """As `verify`, for a schedule whose compute is known to be sound."""
+    _check_pairs(schedule)
+    _check_progress(schedule, with_messages=True)
+    return schedule
+
+
+def verify_compute(schedule: Schedule) -> Schedule:
+    """As `verify`, for a schedule that has no messages yet."""
     _check_places(schedule)
     _check_once_each(schedule)
     _check_stage_order(schedule)
-    _check_pairs(schedule)
-    _check_progress(schedule)
+    _check_gradient_order(schedule)
+    _check_progress(schedule, with_messages=False)
     return schedule
 
 
 def peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
-    """For each stage, the most micro-batches that have gone forward but not yet back: its saved inputs."""
+    """For each stage, the most micro-batches that have gone forward but whose gradients are not all there yet."""
     peaks, live = [0] * schedule.num_stages, [0] * schedule.num_stages
     for action in schedule:
         if action.kind is Kind.FORWARD:
             live[action.stage] += 1
             peaks[action.stage] = max(peaks[action.stage], live[action.stage])
-        elif action.kind is Kind.BACKWARD:
+        elif action.kind in WEIGHT_GRADIENTS:
             live[action.stage] -= 1
     return tuple(peaks)
 
@@ -67,36 +84,63 @@ def _check_once_each(schedule: Schedule) -> None:
     for action, times in count.items():
         if times > 1:
             raise _fail(schedule, f"{action} stands {times} times", action)
-    training = any(action.kind in (Kind.BACKWARD, Kind.UPDATE) for action in schedule)
+    training = any(action.kind in WEIGHT_GRADIENTS or action.kind is Kind.UPDATE for action in schedule)
     for s in range(schedule.num_stages):
-        kinds = (Kind.FORWARD, Kind.BACKWARD) if training else (Kind.FORWARD,)
-        wanted = [Action(kind, s, m) for kind in kinds for m in range(schedule.num_microbatches)]
-        if training:
-            wanted.append(Action(Kind.UPDATE, s))
-        for action in wanted:
-            if action not in count:
-                raise _fail(schedule, f"{action} is missing", action)
+        for m in range(schedule.num_microbatches):
+            wanted = [Action(Kind.FORWARD, s, m)] + _backwards(count, s, m) * training
+            for action in wanted:
+                if action not in count:
+                    raise _fail(schedule, f"{action} is missing", action)
+        if training and Action(Kind.UPDATE, s) not in count:
+            raise _fail(schedule, f"{Action(Kind.UPDATE, s)} is missing", Action(Kind.UPDATE, s))
+    for action in count:
+        whole = Action(Kind.BACKWARD, action.stage, action.microbatch)
+        if action.kind in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) and whole in count:
+            raise _fail(schedule, f"{action} is a half of {whole}, which stands there too", action, whole)
+
+
+def _backwards(count: Counter[Action], s: int, m: int) -> list[Action]:
+    """The whole backward, or both halves if there is one of them."""
+    halves = [Action(Kind.BACKWARD_INPUT, s, m), Action(Kind.BACKWARD_WEIGHT, s, m)]
+    return halves if any(half in count for half in halves) else [Action(Kind.BACKWARD, s, m)]
 
 
 def _check_stage_order(schedule: Schedule) -> None:
     for row in schedule.actions:
         seen: set[Action] = set()
-        last_backward: dict[int, int] = {}
         for action in row:
-            s, m = action.stage, action.microbatch
-            if action.kind is Kind.RECOMPUTE and (
-                Action(Kind.FORWARD, s, m) not in seen or Action(Kind.BACKWARD, s, m) in seen
+            kind, s, m = action.kind, action.stage, action.microbatch
+
+            def is_behind(other: Kind, s: int = s, m: int = m, seen: set[Action] = seen) -> bool:
+                return Action(other, s, m) in seen
+
+            if kind is Kind.RECOMPUTE and (
+                not is_behind(Kind.FORWARD) or is_behind(Kind.BACKWARD) or is_behind(Kind.BACKWARD_INPUT)
             ):
                 raise _fail(schedule, f"{action} must stand between its forward and its backward", action)
-            if action.kind is Kind.BACKWARD:
-                if Action(Kind.FORWARD, s, m) not in seen:
-                    raise _fail(schedule, f"{action} stands before its forward", action)
-                if m < last_backward.get(s, -1):
-                    raise _fail(schedule, f"{action} is out of order: backwards run in micro-batch order", action)
-                last_backward[s] = m
-            if action.kind in (Kind.FORWARD, Kind.BACKWARD) and Action(Kind.UPDATE, s) in seen:
+            if kind in INPUT_GRADIENTS and not is_behind(Kind.FORWARD):
+                raise _fail(schedule, f"{action} stands before its forward", action)
+            if kind is Kind.BACKWARD_WEIGHT and not is_behind(Kind.BACKWARD_INPUT):
+                raise _fail(schedule, f"{action} stands before {Action(Kind.BACKWARD_INPUT, s, m)}", action)
+            if (kind is Kind.FORWARD or kind in WEIGHT_GRADIENTS) and Action(Kind.UPDATE, s) in seen:
                 raise _fail(schedule, f"{action} stands behind the update of its stage", action)
             seen.add(action)
+
+
+def _check_gradient_order(schedule: Schedule) -> None:
+    orders: dict[int, list[Action]] = {}
+    for action in schedule:
+        if action.kind in WEIGHT_GRADIENTS:
+            orders.setdefault(action.stage, []).append(action)
+    for stage in sorted(orders):
+        for action, first in zip(orders[stage], orders[0], strict=True):
+            if action.microbatch != first.microbatch:
+                raise _fail(
+                    schedule,
+                    f"{action} is out of order: stage 0 has the gradients of micro-batch {first.microbatch} next, and "
+                    "all stages must add them up in the same order",
+                    action,
+                )
 
 
 def _check_pairs(schedule: Schedule) -> None:
@@ -113,40 +157,43 @@ def _partner(action: Action) -> Action:
     return Action.message(_PARTNER[action.kind], action.peer, action.stage, action.microbatch, action.step)
 
 
-def _producer(send: Action) -> Action:
-    return Action(_PRODUCER[send.kind], send.stage, send.microbatch, send.step)
-
-
-def _check_progress(schedule: Schedule) -> None:
+def _check_progress(schedule: Schedule, *, with_messages: bool) -> None:
     """Runs the lists with blocking messages: the strictest reading, which every transport is at least as free as."""
-    everything = set(schedule)
+    rows = schedule.actions if with_messages else schedule.compute().actions
+    dependencies = Dependencies(schedule)
     done: set[Action] = set()
-    position = [0] * schedule.num_ranks
+    position = [0] * len(rows)
 
     def head(rank: int) -> Action | None:
-        row = schedule.actions[rank]
-        return row[position[rank]] if position[rank] < len(row) else None
+        return rows[rank][position[rank]] if position[rank] < len(rows[rank]) else None
 
     def can_run(action: Action) -> bool:
         if action.kind in MESSAGES:
             partner = _partner(action)
-            produced = action.kind not in _PRODUCER or _producer(action) in done
-            return produced and (partner in done or head(schedule.placement[partner.stage]) == partner)
-        wanted = needs(schedule, action, everything.__contains__)
-        return all(a in done for a in (*wanted, *_receives_for(schedule, action)))
+            return _is_produced(action, done) and (
+                partner in done or head(schedule.placement[partner.stage]) == partner
+            )
+        receives = _receives_for(schedule, action) if with_messages else []
+        return all(a in done for a in (*dependencies.of(action), *receives))
 
     progress = True
     while progress:
         progress = False
-        for rank in range(schedule.num_ranks):
+        for rank in range(len(rows)):
             while (action := head(rank)) is not None and can_run(action):
                 done.add(action)
                 position[rank] += 1
                 progress = True
-    blocked = {rank: action for rank in range(schedule.num_ranks) if (action := head(rank)) is not None}
+    blocked = {rank: action for rank in range(len(rows)) if (action := head(rank)) is not None}
     if blocked:
         where = ", ".join(f"rank {rank} at {action}" for rank, action in blocked.items())
         raise _fail(schedule, f"deadlock, waiting for ever: {where}", *blocked.values())
+
+
+def _is_produced(message: Action, done: set[Action]) -> bool:
+    """Whether what a send carries has been computed; a receive carries nothing yet."""
+    producers = _PRODUCERS.get(message.kind)
+    return producers is None or any(message._replace(kind=kind, skips_to=None) in done for kind in producers)
 
 
 def _receives_for(schedule: Schedule, action: Action) -> list[Action]:

@@ -21,14 +21,20 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost], link_s: float = 0.0
         One span for each compute action, sorted by end. The makespan is the last one's end.
     """
 
-    def duration(action: Action) -> float:
-        cost = costs[action.stage]
-        return {
+    seconds = [
+        {
             Kind.FORWARD: cost.forward_s,
             Kind.RECOMPUTE: cost.recompute_s,
             Kind.BACKWARD: cost.backward_s,
+            Kind.BACKWARD_INPUT: cost.backward_s,
+            Kind.BACKWARD_WEIGHT: cost.backward_weight_s,
             Kind.UPDATE: cost.update_s,
-        }[action.kind]
+        }
+        for cost in costs
+    ]
+
+    def duration(action: Action) -> float:
+        return seconds[action.stage][action.kind]
 
     def delay(producer: Action, consumer: Action) -> float:
         return link_s if schedule.placement[producer.stage] != schedule.placement[consumer.stage] else 0.0

@@ -1,12 +1,14 @@
 """From the settings to the running pieces of one rank."""
 
 import dataclasses
+import fnmatch
 import resource
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
-from pipetrain import models
+from pipetrain import models, schedule
 from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, TextConfig, num_microbatches
 from pipetrain.data.text import TokenFolder
 from pipetrain.engine.runtime import Runtime
@@ -15,7 +17,8 @@ from pipetrain.engine.tied import Tie
 from pipetrain.engine.transport import Transport
 from pipetrain.errors import ConfigError
 from pipetrain.models import Recipe
-from pipetrain.partition.split import dataflow_of, stages_of_ties, take_stage
+from pipetrain.partition.split import dataflow_of, stage_of_each_layer, stages_of_ties, take_stage
+from pipetrain.schedule import NEVER, SELECTIVE, Schedule
 from pipetrain.sim.balance import even
 from pipetrain.training.data import Prepared, image_facts
 
@@ -60,24 +63,57 @@ def ties_of(recipe: Recipe, balance: Sequence[int]) -> list[Tie]:
     return [Tie(tuple(uses)) for uses in stages_of_ties(recipe, balance)]
 
 
-def build_runtime(
-    cfg: Config, recipe: Recipe, balance: Sequence[int], transport: Transport, device: torch.device
-) -> Runtime:
-    """Builds this rank's stage and the runtime around it."""
-    index, num_stages = transport.rank, len(balance)
-    layers = take_stage(recipe, balance, index, seed=cfg.seed, device=device)
-    stage = Stage(
-        index,
-        [(name, prefix, module.double()) for name, prefix, module in layers] if cfg.precision == "fp64" else layers,
-        dataflow_of(recipe, balance),
-        device=device,
-        seed=cfg.seed,
-        loss_sum=recipe.loss_sum if index == num_stages - 1 else None,
-        measures=tuple(recipe.measures.values()),
-        autocast_dtype=AUTOCAST[cfg.precision],
+def build_schedule(cfg: Config, recipe: Recipe, balance: Sequence[int], num_ranks: int) -> Schedule:
+    """The schedule of a training step."""
+    return schedule.build(
+        cfg.schedule,
+        num_ranks,
+        num_microbatches(cfg),
+        stages_per_rank=len(balance) // num_ranks,
+        recompute=_policies(cfg, recipe, balance),
+        skips=dataflow_of(recipe, balance).skips(),
     )
+
+
+def _policies(cfg: Config, recipe: Recipe, balance: Sequence[int]) -> list[str]:
+    """Of each stage; one that is to recompute some layers and has none of them never does."""
+    policies = cfg.recompute if isinstance(cfg.recompute, list) else [cfg.recompute] * len(balance)
+    matching = {
+        stage
+        for stage, layer in zip(stage_of_each_layer(balance), recipe.layers, strict=True)
+        if _is_recomputed(cfg, SELECTIVE, layer.name)
+    }
+    return [NEVER if p == SELECTIVE and stage not in matching else p for stage, p in enumerate(policies)]
+
+
+def _is_recomputed(cfg: Config, policy: str, layer: str) -> bool:
+    return policy != SELECTIVE or any(fnmatch.fnmatchcase(layer, pattern) for pattern in cfg.recompute_layers or ())
+
+
+def build_runtime(
+    cfg: Config, recipe: Recipe, balance: Sequence[int], order: Schedule, transport: Transport, device: torch.device
+) -> Runtime:
+    """Builds this rank's stages and the runtime around them."""
+    dataflow, last = dataflow_of(recipe, balance), len(balance) - 1
+
+    def build_stage(index: int) -> Stage:
+        layers = take_stage(recipe, balance, index, seed=cfg.seed, device=device)
+        policy = cfg.recompute[index] if isinstance(cfg.recompute, list) else cfg.recompute
+        return Stage(
+            index,
+            [(name, prefix, module.double()) for name, prefix, module in layers] if cfg.precision == "fp64" else layers,
+            dataflow,
+            device=device,
+            seed=cfg.seed,
+            loss_sum=recipe.loss_sum if index == last else None,
+            measures=tuple(recipe.measures.values()),
+            autocast_dtype=AUTOCAST[cfg.precision],
+            recomputes=partial(_is_recomputed, cfg, policy),
+        )
+
+    stages = [build_stage(index) for index in order.stages_of(transport.rank)]
     ties = ties_of(recipe, balance)
-    return Runtime([stage], num_stages, transport, device, ties=ties, memory_bytes=_memory_meter(device))
+    return Runtime(stages, len(balance), transport, device, ties=ties, memory_bytes=_memory_meter(device))
 
 
 def _memory_meter(device: torch.device) -> Callable[[], float]:

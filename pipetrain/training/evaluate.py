@@ -9,7 +9,7 @@ from pipetrain.data.batches import Batches
 from pipetrain.engine.loss import Tensors
 from pipetrain.engine.runtime import Program, Runtime
 from pipetrain.models import Recipe
-from pipetrain.schedule import Skips, build_forward_only
+from pipetrain.schedule import Schedule, forward_only_like
 
 # (data, number of a batch) -> inputs and targets, where this rank needs them
 Part = Callable[[Batches, int], tuple[Tensors | None, Tensors | None]]
@@ -18,12 +18,12 @@ Part = Callable[[Batches, int], tuple[Tensors | None, Tensors | None]]
 class Evaluator:
     """Runs one split through the pipeline."""
 
-    def __init__(
-        self, runtime: Runtime, recipe: Recipe, skips: Skips, num_stages: int, num_microbatches: int, part: Part
-    ) -> None:
-        self._runtime, self._recipe = runtime, recipe
-        self._skips, self._num_stages, self._num_microbatches = skips, num_stages, num_microbatches
-        self._part = part
+    def __init__(self, runtime: Runtime, recipe: Recipe, schedule: Schedule, part: Part) -> None:
+        """
+        Args:
+            schedule: of training.
+        """
+        self._runtime, self._recipe, self._schedule, self._part = runtime, recipe, schedule, part
         self._programs: dict[int, Program] = {}
 
     def run(
@@ -42,7 +42,7 @@ class Evaluator:
         for index in range(min(data.num_batches, max_batches or data.num_batches)):
             if requests := float(self._sum(torch.tensor([request()], dtype=torch.float64))):
                 return {}, requests
-            program = self._program(min(self._num_microbatches, data.rows(index)))
+            program = self._program(min(self._schedule.num_microbatches, data.rows(index)))
             inputs, targets = self._part(data, index)
             sums += self._runtime.evaluate_step(program, inputs, targets)
             count += self._recipe.count(targets) if targets is not None else 0
@@ -55,6 +55,6 @@ class Evaluator:
     def _program(self, num_microbatches: int) -> Program:
         """Every rank meets the sizes in the same order, so they agree on each schedule once, together."""
         if num_microbatches not in self._programs:
-            schedule = build_forward_only(self._num_stages, num_microbatches, self._skips)
+            schedule = forward_only_like(self._schedule, num_microbatches)
             self._programs[num_microbatches] = self._runtime.prepare(schedule)
         return self._programs[num_microbatches]

@@ -9,18 +9,17 @@ from functools import partial
 
 import torch
 
-from pipetrain import config, schedule
-from pipetrain.config import num_microbatches
+from pipetrain import config
+from pipetrain.config import num_stages
 from pipetrain.data.images.sets import ImageSet
 from pipetrain.data.text import TokenFolder
 from pipetrain.engine.loss import Tensors
 from pipetrain.engine.report import StepReport
 from pipetrain.engine.transport import Transport
 from pipetrain.errors import Exit, NonFiniteError, PipetrainError, StageFailed
-from pipetrain.partition.split import dataflow_of
-from pipetrain.schedule import Schedule, build_forward_only
+from pipetrain.schedule import forward_only_like
 from pipetrain.training import checkpoint, init_from, state, status
-from pipetrain.training.build import balance_of, build_recipe, build_runtime, ties_of
+from pipetrain.training.build import balance_of, build_recipe, build_runtime, build_schedule, ties_of
 from pipetrain.training.console import Console
 from pipetrain.training.data import open_data, part_of_batch
 from pipetrain.training.ema import WeightAverage
@@ -31,6 +30,7 @@ from pipetrain.training.metrics import Metrics, compared_settings, pipeline_valu
 from pipetrain.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from pipetrain.training.plan import drawn, make_plan
 from pipetrain.training.record import Recorder
+from pipetrain.training.trace import gather_spans, start_together, write_trace
 
 
 class Request(IntEnum):
@@ -63,8 +63,9 @@ def train(job: Job, transport: Transport, device: torch.device, signals: Signals
         raise
     except Exception as error:
         rank, action, step = transport.rank, trainer.runtime.current, trainer.step + 1
+        stage = action.stage if action is not None else trainer.schedule.stages_of(rank)[0]
         where = f"failed at {action}, step {step}" if action is not None else f"failed around step {step}"
-        raise StageFailed(f"stage {rank} (rank {rank}) {where}{memory_advice(error)}") from error
+        raise StageFailed(f"stage {stage} (rank {rank}) {where}{memory_advice(error)}") from error
     finally:
         trainer.close()
 
@@ -81,26 +82,19 @@ class Trainer:
         self._finite = True
 
         recipe = self.recipe = build_recipe(cfg, job.data)
-        balance = self.balance = balance_of(cfg, len(recipe.layers), transport.num_ranks)
+        balance = self.balance = balance_of(cfg, len(recipe.layers), num_stages(cfg, transport.num_ranks))
         self.ties = ties_of(recipe, balance)
-        self.skips = dataflow_of(recipe, balance).skips()
-        self.schedule: Schedule = schedule.build(
-            cfg.schedule,
-            len(balance),
-            num_microbatches(cfg),
-            recompute=cfg.recompute == "always",
-            skips=self.skips,
-        )
-        self.runtime = build_runtime(cfg, recipe, balance, transport, device)
+        self.schedule = build_schedule(cfg, recipe, balance, transport.num_ranks)
+        self.runtime = build_runtime(cfg, recipe, balance, self.schedule, transport, device)
         self.program = self.runtime.prepare(self.schedule)
         self.optimizer = build_optimizer(cfg.optimizer, self.runtime.own_parameters)
         self.data = open_data(cfg, job.data, "train")
         self.last_step = cfg.steps or (cfg.epochs or 0) * self.data.num_batches
         self.average = self._start()
         self.recorder = self._recorder() if job.record else None
-        last = transport.num_ranks - 1
-        self._batch = partial(part_of_batch, cfg, device, first=transport.rank == 0, last=transport.rank == last)
-        self.evaluator = Evaluator(self.runtime, recipe, self.skips, len(balance), num_microbatches(cfg), self._batch)
+        first, last = (stage in self.runtime.stages for stage in (0, len(balance) - 1))
+        self._batch = partial(part_of_batch, cfg, device, first=first, last=last)
+        self.evaluator = Evaluator(self.runtime, recipe, self.schedule, self._batch)
         plan = make_plan(self.schedule, job.devices, recipe, balance, self._count_parameters(), cfg.recompute)
         # The first rank is the one that writes.
         self.console: Console | None = None
@@ -161,6 +155,9 @@ class Trainer:
         started = time.perf_counter()
         inputs, targets = self._batch(self.data, self.step)
         self._finite = True
+        is_traced = self.cfg.trace_every > 0 and (self.step + 1) % self.cfg.trace_every == 0
+        if is_traced:
+            start_together(self.transport)
         report = self.runtime.train_step(
             self.program,
             self.step,
@@ -172,6 +169,10 @@ class Trainer:
         )
         if not self._finite:
             self._explain_non_finite(report, inputs, targets)
+        if is_traced:
+            spans = gather_spans(self.schedule, self.runtime.spans, self.transport)
+            if self.metrics is not None:
+                write_trace(self.job.run, self.step + 1, self.schedule, spans)
         return report, time.perf_counter() - started
 
     def _update(self, report: StepReport) -> None:
@@ -191,7 +192,7 @@ class Trainer:
 
     def _explain_non_finite(self, report: StepReport, inputs: Tensors | None, targets: Tensors | None) -> None:
         """Repeats the forwards of the failed step, which gives the same numbers, and looks where it began."""
-        program = self.runtime.prepare(build_forward_only(len(self.balance), num_microbatches(self.cfg), self.skips))
+        program = self.runtime.prepare(forward_only_like(self.schedule, self.schedule.num_microbatches))
         found = self.runtime.find_non_finite(program, self.step, inputs, targets)
         if found is not None:
             stage, place, microbatch = found

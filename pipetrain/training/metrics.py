@@ -75,16 +75,20 @@ def pipeline_values(stages: Sequence[StageMeasures], schedule: Schedule) -> dict
     """Where the time of a step went, and the bubble that the simulator gives for stages that cost as measured."""
     makespan_s = max(stage.elapsed_s for stage in stages)
     each = schedule.num_microbatches
-    costs = [StageCost(s.forward_s / each, s.backward_s / each, recompute_s=s.recompute_s / each) for s in stages]
+    costs = [
+        StageCost(s.forward_s / each, s.backward_s / each, s.backward_weight_s / each, s.recompute_s / each)
+        for s in stages
+    ]
+    busy_s = [sum(stages[s].busy_s for s in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
     values = {
-        "pipeline/bubble_measured": 1 - sum(stage.busy_s for stage in stages) / (len(stages) * makespan_s),
+        "pipeline/bubble_measured": 1 - sum(busy_s) / (schedule.num_ranks * makespan_s),
         "pipeline/bubble_predicted": bubble_fraction(simulate(schedule, costs), schedule.num_ranks),
     }
     for index, stage in enumerate(stages):
         values[f"stage_{index}/forward_s"] = stage.forward_s
         values[f"stage_{index}/recompute_s"] = stage.recompute_s
-        values[f"stage_{index}/backward_s"] = stage.backward_s
-        values[f"stage_{index}/wait_s"] = makespan_s - stage.busy_s
+        values[f"stage_{index}/backward_s"] = stage.backward_s + stage.backward_weight_s
+        values[f"stage_{index}/wait_s"] = makespan_s - busy_s[schedule.placement[index]]
         values[f"stage_{index}/memory_bytes"] = stage.memory_bytes
     return values
 
@@ -96,7 +100,7 @@ def compared_settings(cfg: Config, balance: Sequence[int]) -> dict[str, str | fl
         "balance": "-".join(map(str, balance)),
         "schedule": cfg.schedule,
         "micro_batches": num_microbatches(cfg),
-        "recompute": cfg.recompute,
+        "recompute": str(cfg.recompute),
         "batch_size": cfg.batch_size,
         "lr": cfg.optimizer.lr,
         "optimizer": cfg.optimizer.name,

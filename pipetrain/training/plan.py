@@ -29,7 +29,7 @@ class Plan:
     stages: list[StagePlan]
     schedule: str
     num_microbatches: int
-    recompute: str
+    recompute: str | list[str]
     bubble_fraction: float
 
     @property
@@ -64,11 +64,12 @@ def make_plan(
     recipe: Recipe,
     balance: Sequence[int],
     parameters: Sequence[int],
-    recompute: str,
+    recompute: str | list[str],
 ) -> Plan:
     """Puts the plan together from the schedule, the layers and the parameters of every stage."""
     names = [layer.name for layer in recipe.layers]
-    cost = StageCost(forward_s=1, backward_s=2, recompute_s=1)
+    halves = (1.0, 1.0) if schedule.is_split else (2.0, 0.0)
+    cost = StageCost(1.0, *halves, recompute_s=1.0)
     stages = [
         StagePlan(s, devices[schedule.placement[s]], names[sum(balance[:s]) : sum(balance[: s + 1])], parameters[s])
         for s in range(schedule.num_stages)
@@ -87,4 +88,5 @@ def drawn(schedule: Schedule) -> list[str]:
     lines = grid(schedule).splitlines()
     if schedule.num_stages == 1 or max(map(len, lines)) > _WIDEST_GRID:
         return []
-    return [*lines, "F forward, R recompute, B backward, . waiting; a column is the time of a forward"]
+    backward = "I and W the halves of a backward" if schedule.is_split else "B backward"
+    return [*lines, f"F forward, R recompute, {backward}, . waiting; a column is the time of a forward"]

@@ -139,7 +139,7 @@ def test_one_stage_skips_a_bad_step_and_another_does_not() -> None:
 
     def rank_main(transport: LocalTransport) -> list[StepReport]:
         runtime = build_runtime(chain(linear, Explode, linear), (1, 1, 1), transport)
-        program = runtime.prepare(schedule.build("gpipe", 3, 2, recompute=True))
+        program = runtime.prepare(schedule.build("gpipe", 3, 2, recompute="always"))
         seen: list[StepReport] = []
         x, y = data((4,))[0]
         runtime.train_step(program, 0, (x,), (y,), total=y.numel(), update=seen.append)
@@ -289,7 +289,7 @@ def test_frozen_weights_and_adapters_waste_messages_or_fail() -> None:
         )[1]
         runtime = build_runtime(recipe, (1, 1, 3), transport)
         x, y = data((4,))[0]
-        program = runtime.prepare(schedule.build("gpipe", 3, 2, recompute=True))
+        program = runtime.prepare(schedule.build("gpipe", 3, 2, recompute="always"))
         runtime.train_step(program, 0, (x,), (y,), total=y.numel(), update=lambda report: None)
 
     run_ranks(3, rank_main)

@@ -10,7 +10,7 @@ from pipetrain.schedule import Action, Schedule, build, timeline, verify
 Rows = list[list[Action]]
 
 
-def broken(change: Callable[[Rows], None], recompute: bool = True) -> Schedule:
+def broken(change: Callable[[Rows], None], recompute: str = "always") -> Schedule:
     schedule = build("gpipe", 3, 3, recompute=recompute)
     rows = [list(row) for row in schedule.actions]
     change(rows)
@@ -71,14 +71,37 @@ def test_the_culprit_has_an_arrow() -> None:
         verify(broken(swap(2, "2U", "2B2")))
 
 
-def test_backwards_out_of_micro_batch_order_are_refused() -> None:
-    with pytest.raises(ScheduleError, match="2B0 is out of order: backwards run in micro-batch order"):
-        verify(broken(swap(2, "2B0", "2B1"), recompute=False))
+def test_gradients_in_another_order_than_on_the_first_stage_are_refused() -> None:
+    with pytest.raises(ScheduleError, match="2B1 is out of order: stage 0 has the gradients of micro-batch 0 next"):
+        verify(broken(swap(2, "2B0", "2B1"), recompute="never"))
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (lambda rows: rows[1].remove(a("1W2")), "1W2 is missing"),
+        (lambda rows: rows[1].remove(a("1I2")), "1I2 is missing"),
+        (lambda rows: rows[1].append(a("1B2")), "1I2 is a half of 1B2, which stands there too"),
+        (swap(0, "0I1", "0W1"), "0W1 stands before 0I1"),
+        (swap(1, "1W2", "1U"), "1W2 stands behind the update of its stage"),
+        (swap(2, "2F0", "2I0"), "2I0 stands before its forward"),
+        (lambda rows: rows[0].append(rows[0].pop(rows[0].index(a("0R0")))), "0R0 must stand between"),
+        (swap(1, "1SEND_B0", "1I0"), "deadlock"),
+        (swap(1, "1W0", "1W1"), "1W1 is out of order"),
+    ],
+)
+def test_broken_halves_are_refused(change: Callable[[Rows], None], rule: str) -> None:
+    schedule = build("zb_h1", 3, 3, recompute="always")
+    rows = [list(row) for row in schedule.actions]
+    change(rows)
+    with pytest.raises(ScheduleError) as caught:
+        verify(schedule.with_actions(tuple(map(tuple, rows))))
+    assert rule in str(caught.value)
 
 
 def test_a_backward_before_its_forward_is_refused() -> None:
     with pytest.raises(ScheduleError, match="2B0 stands before its forward"):
-        verify(broken(swap(2, "2F0", "2B0"), recompute=False))
+        verify(broken(swap(2, "2F0", "2B0"), recompute="never"))
 
 
 def test_the_timeline_says_what_an_action_waits_for() -> None:

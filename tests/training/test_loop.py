@@ -200,10 +200,10 @@ def test_nan_stops_the_run_names_the_layer_and_keeps_the_checkpoint(
 def test_a_failure_names_stage_action_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backward = Stage.backward
 
-    def fail(self: Stage, microbatch: int, gradients: Any) -> Any:
+    def fail(self: Stage, microbatch: int, gradients: Any, **options: Any) -> Any:
         if (self.index, microbatch, self.step) == (1, 2, 3):
             raise ValueError("boom")
-        return backward(self, microbatch, gradients)
+        return backward(self, microbatch, gradients, **options)
 
     monkeypatch.setattr(Stage, "backward", fail)
     with pytest.raises(StageFailed, match=r"stage 1 \(rank 1\) failed at 1B2, step 4") as caught:

@@ -1,0 +1,163 @@
+"""Rules about devices, stages, micro-batches, schedule and recompute."""
+
+import fnmatch
+from collections.abc import Sequence
+
+from pipetrain.config import AnythingConfig, Config, num_microbatches, num_stages, wanted_ranks
+from pipetrain.devices import parse_devices
+from pipetrain.errors import ConfigError, ScheduleError
+from pipetrain.rules.words import shown
+from pipetrain.schedule import POLICIES, SCHEDULES, SELECTIVE, build, is_file, read_file
+from pipetrain.suggest import one_of
+
+
+def check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems: list[str]) -> None:
+    """Adds what is wrong with the settings by themselves."""
+    if not is_file(cfg.schedule) and cfg.schedule not in SCHEDULES:
+        known = one_of(cfg.schedule, tuple(SCHEDULES))
+        problems.append(f"schedule={cfg.schedule}: no such choice. {known}, or the path of a file that ends in .csv")
+        return
+    try:
+        devices = (
+            parse_devices(cfg.devices, num_gpus, wanted_ranks(cfg)) if world_size is None else ("any",) * world_size
+        )
+    except ConfigError as error:
+        problems.append(str(error))
+    else:
+        if world_size is not None and cfg.devices not in ("auto", "cpu"):
+            problems.append(
+                f"devices={cfg.devices}, but torchrun started {world_size} processes and chooses the devices; "
+                "leave devices out, or use devices=auto where a file sets it"
+            )
+        _check_stages(cfg, len(devices), problems)
+    if isinstance(cfg.balance, list):
+        bad = [n for n in cfg.balance if isinstance(n, bool) or not isinstance(n, int) or n < 1]
+        if bad or not cfg.balance:
+            problems.append(
+                f"balance={shown(cfg.balance)} must be a list of whole numbers, each at least 1: "
+                "every stage needs a layer"
+            )
+    elif cfg.balance != "even":
+        problems.append(f"balance={cfg.balance} must be even or a list of layers per stage, such as balance=[2,3,3]")
+    if cfg.micro_batches is not None and cfg.micro_batches > cfg.batch_size >= 1:
+        problems.append(
+            f"micro_batches={cfg.micro_batches} is more than batch_size={cfg.batch_size}: a micro-batch needs at least "
+            f"one sample; use micro_batches={cfg.batch_size} or a larger batch_size"
+        )
+
+
+def _check_stages(cfg: Config, num_ranks: int, problems: list[str]) -> None:
+    """Whether the stages fit the ranks, and what is said of each stage the stages."""
+    if is_file(cfg.schedule):
+        if problem := _file_problem(cfg, num_ranks):
+            problems.append(problem)
+            return
+    else:
+        family = SCHEDULES[cfg.schedule]
+        if not family.fits(num_stages(cfg, num_ranks), num_ranks):
+            rule = "one stage" if family.most == 1 else f"{family.fewest} stages" if family.most else "as many stages"
+            more = f", {family.fewest} or more," if family.most is None else ""
+            problems.append(
+                f"partitions={cfg.partitions}, but schedule={cfg.schedule} runs {rule}{more} on each of the "
+                f"{num_ranks} devices; use partitions={num_ranks * family.usual} or leave partitions out"
+                + (f", or devices={cfg.partitions}" if family.most == 1 else "")
+            )
+            return
+    number = num_stages(cfg, num_ranks)
+    there_are = f"{number} devices" if number == num_ranks else f"{number} stages on {num_ranks} devices"
+    if isinstance(cfg.balance, list) and cfg.balance and len(cfg.balance) != number:
+        use = f"devices={len(cfg.balance)}, or " if number == num_ranks else ""
+        problems.append(
+            f"balance={shown(cfg.balance)} names {len(cfg.balance)} stages, but there are {there_are}; "
+            f"use {use}a list of {number}, or balance=even"
+        )
+    _check_recompute(cfg, number, problems)
+
+
+def _file_problem(cfg: Config, num_ranks: int) -> str | None:
+    """What is wrong with a schedule of the user's own; also whether it can run at all."""
+    schedule = read_file(cfg.schedule)
+    if schedule.num_ranks != num_ranks:
+        return (
+            f"schedule={cfg.schedule} has {schedule.num_ranks} lines, one for each device, but there are {num_ranks} "
+            f"devices; use devices={schedule.num_ranks}"
+        )
+    if cfg.partitions not in (None, schedule.num_stages):
+        return f"partitions={cfg.partitions}, but schedule={cfg.schedule} has {schedule.num_stages} stages"
+    if num_microbatches(cfg) != schedule.num_microbatches:
+        return (
+            f"micro_batches={cfg.micro_batches}, but schedule={cfg.schedule} has {schedule.num_microbatches}; leave "
+            "micro_batches out"
+        )
+    if schedule.num_microbatches > cfg.batch_size:
+        return (
+            f"schedule={cfg.schedule} has {schedule.num_microbatches} micro-batches, more than "
+            f"batch_size={cfg.batch_size} samples; use batch_size={schedule.num_microbatches} or more"
+        )
+    try:
+        build(cfg.schedule, num_ranks, schedule.num_microbatches, recompute="never")
+    except ScheduleError as error:
+        return str(error)
+    return None
+
+
+def _check_recompute(cfg: Config, number: int, problems: list[str]) -> None:
+    policies = cfg.recompute if isinstance(cfg.recompute, list) else [cfg.recompute]
+    for policy in policies:
+        if policy not in POLICIES:
+            problems.append(f"recompute={shown(cfg.recompute)}: no such choice. {one_of(str(policy), POLICIES)}")
+            return
+    if isinstance(cfg.recompute, list) and len(policies) != number:
+        problems.append(
+            f"recompute={shown(cfg.recompute)} must have a policy for each of the {number} stages, or be one for all"
+        )
+    if (SELECTIVE in policies) != bool(cfg.recompute_layers):
+        problems.append(
+            f"recompute={shown(cfg.recompute)} and recompute_layers={shown(cfg.recompute_layers)} go together: "
+            "recompute=selective 'recompute_layers=[blocks.*]', or neither"
+        )
+
+
+def check_model(cfg: Config, num_layers: int, num_stages: int) -> None:
+    """Checks the rules between the pipeline and the layers of the built recipe.
+
+    Raises:
+        ConfigError: if the balance does not fit the layers, or there are more stages than layers.
+    """
+    if num_stages > num_layers:
+        way_out = (
+            "a model whose forward is made of smaller sub-modules, or a list of blocks from the factory"
+            if isinstance(cfg.model, AnythingConfig)
+            else "a deeper model"
+        )
+        raise ConfigError(
+            f"{_what_makes_stages(cfg)} makes {num_stages} stages, but the model has only {num_layers} layers "
+            "and every stage needs one; "
+            f"use {'partitions' if cfg.partitions else 'devices'}={num_layers} or fewer, or {way_out}"
+        )
+    if isinstance(cfg.balance, list) and sum(cfg.balance) != num_layers:
+        last = num_layers - sum(cfg.balance[:-1])
+        remedy = f"the last number could be {last}" if last >= 1 else "use smaller numbers or balance=even"
+        raise ConfigError(
+            f"balance={shown(cfg.balance)} sums to {sum(cfg.balance)}, but the model has {num_layers} layers ({remedy})"
+        )
+
+
+def _what_makes_stages(cfg: Config) -> str:
+    if cfg.partitions is not None:
+        return f"partitions={cfg.partitions}"
+    usual = is_file(cfg.schedule) or SCHEDULES[cfg.schedule].usual == 1
+    return f"devices={cfg.devices}" + ("" if usual else f" with schedule={cfg.schedule}")
+
+
+def check_recomputed_layers(cfg: Config, layers: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: if a pattern of `recompute_layers` is that of no layer.
+    """
+    for pattern in cfg.recompute_layers or ():
+        if not fnmatch.filter(layers, pattern):
+            raise ConfigError(
+                f"recompute_layers={shown(cfg.recompute_layers)}: {pattern} is no layer of the model, which has "
+                f"{', '.join(layers[:8])}{', ...' if len(layers) > 8 else ''}"
+            )
