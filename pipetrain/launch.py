@@ -214,7 +214,9 @@ def _run_local_workers(job: Job) -> int:
     _write_environment(run)
     _say(f"run folder: {_shown(run.root)}")
     if job.devices[0] == "cpu" and len(job.devices) > 1:
-        _say(f"{len(job.devices)} CPU processes, one for each stage")
+        stages = num_stages(job.cfg, len(job.devices))
+        each = "one for each stage" if stages == len(job.devices) else f"{stages} stages"
+        _say(f"{len(job.devices)} CPU processes, {each}")
     code = run_job(job)
     if code in _SAVED:
         _say_what_next(job, code)

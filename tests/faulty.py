@@ -20,45 +20,45 @@ def _at(self: Stage, microbatch: int, stage: int = 1) -> bool:
     return (self.index, microbatch, self.step) == (stage, 2, 3)
 
 
-def raising(self: Stage, microbatch: int, gradients: Any) -> Any:
+def raising(self: Stage, microbatch: int, gradients: Any, **options: Any) -> Any:
     if _at(self, microbatch):
         raise ValueError("boom")
-    return _backward(self, microbatch, gradients)
+    return _backward(self, microbatch, gradients, **options)
 
 
-def killed(self: Stage, microbatch: int, gradients: Any) -> Any:
+def killed(self: Stage, microbatch: int, gradients: Any, **options: Any) -> Any:
     if _at(self, microbatch):
         os.kill(os.getpid(), signal.SIGKILL)
-    return _backward(self, microbatch, gradients)
+    return _backward(self, microbatch, gradients, **options)
 
 
-def crashing(self: Stage, microbatch: int, gradients: Any) -> Any:
+def crashing(self: Stage, microbatch: int, gradients: Any, **options: Any) -> Any:
     if _at(self, microbatch):
         os.kill(os.getpid(), signal.SIGSEGV)
-    return _backward(self, microbatch, gradients)
+    return _backward(self, microbatch, gradients, **options)
 
 
-def leaving(self: Stage, microbatch: int, gradients: Any) -> Any:
+def leaving(self: Stage, microbatch: int, gradients: Any, **options: Any) -> Any:
     if _at(self, microbatch):
         sys.exit(7)
-    return _backward(self, microbatch, gradients)
+    return _backward(self, microbatch, gradients, **options)
 
 
-def slow(self: Stage, microbatch: int, gradients: Any) -> Any:
+def slow(self: Stage, microbatch: int, gradients: Any, **options: Any) -> Any:
     time.sleep(0.02)
-    return _backward(self, microbatch, gradients)
+    return _backward(self, microbatch, gradients, **options)
 
 
-def hanging(self: Stage, microbatch: int, gradients: Any) -> Any:
+def hanging(self: Stage, microbatch: int, gradients: Any, **options: Any) -> Any:
     if _at(self, microbatch):
         time.sleep(600)
-    return _backward(self, microbatch, gradients)
+    return _backward(self, microbatch, gradients, **options)
 
 
-def scaled(self: Stage, microbatch: int, gradients: Any) -> Any:
-    result = _backward(self, microbatch, gradients)
+def scaled(self: Stage, microbatch: int, gradients: Any, **options: Any) -> Any:
+    result = _backward(self, microbatch, gradients, **options)
     if self.index == 1 and microbatch == 2:
-        dict(self.named_parameters())["blocks.1.norm2.bias"].grad *= 1 + 1e-6
+        dict(self.named_parameters())["blocks.1.norm2.bias"].grad *= 1 + 1e-3
     return result
 
 

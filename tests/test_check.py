@@ -30,8 +30,10 @@ def rows(output: str) -> dict[tuple[str, str], str]:
     [
         (["model.tied=true", "recompute=never", "balance=[1,3]"], 14),
         (["precision=bf16", "micro_batches=3", "optimizer=sgd", "grad_clip=0.1"], 12),  # sgd has no state
+        (["schedule=zb_v", "model.tied=true"], 14),
+        (["schedule=looped_bfs", "recompute=selective", "recompute_layers=[blocks.*]"], 14),
     ],
-    ids=["tied", "bf16"],
+    ids=["tied", "bf16", "halves", "reversed"],
 )
 def test_all_guarantees_hold(command: Command, choice: list[str], holding: int) -> None:
     done = command(*CHECK, *choice)

@@ -3,7 +3,7 @@
 Each run is a real one, with the processes, the trainer and the checkpoints of a training run:
 
     yours      the settings as they are
-    one_stage  the same with the whole model on one stage: the same bits
+    one_stage  the same with the whole model on one stage, gradients added up in the same order: the same bits
     resumed    the last step, from the checkpoint of `yours` before it: the same bits
     float64    the settings as they are, but in float64, and
     plain      each step of it in plain PyTorch, one process (see `reference`): the same but for rounding
@@ -25,16 +25,17 @@ from rich.table import Table
 
 from pipetrain.check.compare import Recorded, Row, compare, compare_draws
 from pipetrain.check.reference_worker import run_reference
-from pipetrain.config import CheckpointConfig, Config, EvalConfig
+from pipetrain.config import CheckpointConfig, Config, EvalConfig, num_microbatches, num_stages
 from pipetrain.errors import ConfigError, Exit
 from pipetrain.launch import prepare, run_job
 from pipetrain.paths import RunPaths
+from pipetrain.schedule import ALWAYS, WEIGHT_GRADIENTS, generate
 from pipetrain.torchrun import Place
 from pipetrain.training.job import Job
 from pipetrain.worker import num_threads, run_local_worker
 
 SAME_BITS = 0.0
-ON_GPU = 1e-5  # kernels may add up in another order
+OTHER_ORDER = 1e-5  # on a GPU kernels may add up in another order, and so may halves of backwards
 ROUNDING = 1e-10  # float64 rounds at 1e-16; the rest is for deep models, which amplify it
 PLAIN = "plain, float64"
 _UNLIMITED = 10_000  # columns where the output is no terminal
@@ -95,15 +96,30 @@ class _Runs:
         self._job = job
         self._folder = job.run.root.parent
         self._steps = range(1, job.cfg.check.steps + 1)
-        self._same = SAME_BITS if job.devices[0] == "cpu" else ON_GPU
+        self._same = SAME_BITS if job.devices[0] == "cpu" else OTHER_ORDER
+        number = num_stages(job.cfg, len(job.devices))
+        self._stages = number
+        self._schedule = generate(
+            job.cfg.schedule, len(job.devices), num_microbatches(job.cfg), number // len(job.devices)
+        )
 
     def rows(self) -> list[Row]:
         """Runs everything. A run takes disk space, so it is removed as soon as it has been compared."""
-        yours = self._run("yours", f"your settings on {self._stages()}", self._job)
+        yours = self._run("yours", f"your settings on {self._shown_stages()}", self._job)
         return [*self._one_stage(yours), *self._resumed(yours), *self._plain(yours)]
 
     def _one_stage(self, yours: Recorded) -> list[Row]:
-        cfg = dataclasses.replace(self._job.cfg, devices=1, partitions=None, balance="even")
+        order = [a.microbatch for a in self._schedule if a.stage == 0 and a.kind in WEIGHT_GRADIENTS]
+        is_reversed = order != sorted(order) and order == sorted(order, reverse=True)
+        cfg = dataclasses.replace(
+            self._job.cfg,
+            devices=1,
+            partitions=None,
+            balance="even",
+            schedule="gpipe_lifo" if is_reversed else "gpipe",
+            micro_batches=len(order),
+            recompute=self._job.cfg.recompute if isinstance(self._job.cfg.recompute, str) else ALWAYS,
+        )
         job = dataclasses.replace(self._job, cfg=cfg, devices=self._job.devices[:1])
         runs = yours, self._run("one_stage", "the same on one stage", job)
         kinds = {
@@ -114,7 +130,9 @@ class _Runs:
             "buffers": "buffer",
             "optimizer state": "optimizer",
         }
-        rows = [compare(what, kind, "one stage", runs, self._steps, self._same) for what, kind in kinds.items()]
+        same_order = is_reversed or order == sorted(order)
+        limit = self._same if same_order and not self._schedule.is_split else OTHER_ORDER
+        rows = [compare(what, kind, "one stage", runs, self._steps, limit) for what, kind in kinds.items()]
         rows.append(compare_draws("one stage", runs, self._steps))
         self._remove("one_stage")
         return rows
@@ -159,9 +177,11 @@ class _Runs:
             raise _Ended(code)
         return Recorded(run)
 
-    def _stages(self) -> str:
-        number = len(self._job.devices)
-        return "1 stage (devices=2 would cut the model in two)" if number == 1 else f"{number} stages"
+    def _shown_stages(self) -> str:
+        number, ranks = self._stages, len(self._job.devices)
+        if number == 1:
+            return "1 stage (devices=2 would cut the model in two)"
+        return f"{number} stages" + ("" if number == ranks else f" on {ranks} devices")
 
     def _remove(self, name: str) -> None:
         shutil.rmtree(self._folder / name)
