@@ -33,7 +33,8 @@ lint: install  ## style
 types: install  ## types
 	$(BIN)/mypy
 
-bench: install  ## measure the engine, into bench/bench.json
-	$(BIN)/python scripts/bench.py
+bench: install  ## measure the engine beside others, into bench/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python scripts/bench
 
 .PHONY: help install demo test test-quick lint types bench

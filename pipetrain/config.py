@@ -206,6 +206,9 @@ class Config:
     )
     threads: Any = setting("CPU threads of each worker; auto = cores / workers of this machine", 1)
     precision: str = setting("fp32 | bf16 (autocast) | fp64 (the whole model, for comparisons)", "fp32")
+    messages: str = setting(
+        "what travels between devices: exact | bf16 (half the bytes of fp32; numbers then depend on the cut)", "exact"
+    )
     seed: int = setting("where all randomness starts", 0)
     steps: int | None = setting("train up to this step; give steps or epochs", None)
     epochs: int | None = setting("train for so many passes over the data", None)

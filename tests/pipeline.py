@@ -38,6 +38,7 @@ def build_runtime(
     dtype: torch.dtype = torch.float32,
     autocast_dtype: torch.dtype | None = None,
     recomputes: Callable[[str], bool] = lambda name: True,
+    narrow_messages: bool = False,
 ) -> Runtime:
     """One stage on each rank where there is no placement."""
     here = [s for s, rank in enumerate(placement or range(len(balance))) if rank == transport.rank]
@@ -55,7 +56,7 @@ def build_runtime(
         for s in here
     ]
     ties = [Tie(tuple(uses)) for uses in stages_of_ties(recipe, balance)]
-    return Runtime(stages, len(balance), transport, CPU, ties=ties)
+    return Runtime(stages, len(balance), transport, CPU, ties=ties, narrow_messages=narrow_messages)
 
 
 def _tuple(inputs: Tensor | tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -71,6 +72,7 @@ def train(
     num_microbatches: int,
     recompute: bool | str = True,
     recomputes: Callable[[str], bool] = lambda name: True,
+    narrow_messages: bool = False,
     name: str = "gpipe",
     stages_per_rank: int = 1,
     lr: float = 1e-2,
@@ -96,6 +98,7 @@ def train(
             dtype=dtype,
             autocast_dtype=autocast_dtype,
             recomputes=recomputes,
+            narrow_messages=narrow_messages,
         )
         optimizer = torch.optim.AdamW(
             [{"params": list(runtime.own_parameters.values())}], lr=lr

@@ -167,6 +167,7 @@ BAD = [
     ({"recompute": "selective"}, "recompute=selective and recompute_layers=null go together"),
     ({"recompute_layers": ["blocks.*"]}, "recompute=always and recompute_layers=[blocks.*] go together"),
     ({"precision": "16"}, "precision=16: no such choice. Did you mean 'bf16'? Choose one of: fp32, bf16"),
+    ({"messages": "bf1"}, "messages=bf1: no such choice. Did you mean 'bf16'? Choose one of: exact, bf16"),
     ({"logit_clip_kind": "sof"}, "logit_clip_kind=sof: no such choice. Did you mean 'soft'?"),
     ({"lr_rule__name": "cosin"}, "lr_rule.name=cosin: no such choice. Did you mean 'cosine'?"),
     ({"model__positions": "rotary"}, "model.positions=rotary: no such choice. Choose one of: learned, sinusoidal"),

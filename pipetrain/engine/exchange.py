@@ -28,8 +28,12 @@ _Message = tuple[Kind, int, int, int]
 class Exchange:
     """The messages of one rank's stages."""
 
-    def __init__(self, stages: dict[int, Stage], transport: Transport, device: torch.device) -> None:
-        self._stages, self._transport, self._device = stages, transport, device
+    def __init__(self, stages: dict[int, Stage], transport: Transport, device: torch.device, *, narrow: bool) -> None:
+        """
+        Args:
+            narrow: floating-point values travel between ranks as bfloat16.
+        """
+        self._stages, self._transport, self._device, self._narrow = stages, transport, device, narrow
         self._told: set[tuple[int, int, int]] = set()
         self._heard: set[tuple[int, int, int]] = set()
         self._missing: dict[tuple[int, int, int], frozenset[int]] = {}  # see `_without_missing`
@@ -71,7 +75,7 @@ class Exchange:
     def make_ready(self, kind: Kind, s: int, m: int, values: Values) -> None:
         """Packs what a forward or backward has made for other stages."""
         for to in self._schedule.destinations(kind, s):
-            layout = self._stages[s].wiring.layout(kind, self._keys[m], s, to)
+            layout = self._layout(kind, m, s, to, of=s)
             if kind is Kind.BACKWARD:
                 self._note_missing(s, to, self._keys[m], layout, values)
             self._ready[kind, s, to, m] = layout.pack(values, self._device)
@@ -87,7 +91,7 @@ class Exchange:
             else:
                 posted = self._posted.pop((kind, s, source, m), None)
                 message = None if posted is None else posted.wait()
-            layout = wiring.layout(kind, key, source, s)
+            layout = self._layout(kind, m, source, s, of=s)
             found = layout.unpack(message, self._device)
             values |= found if kind is Kind.FORWARD else self._without_missing(source, s, key, layout, found)
         return values
@@ -125,7 +129,7 @@ class Exchange:
     def send_backward(self, action: Action) -> None:
         """With the first message of a kind goes which of its gradients do not exist."""
         s, to, key = action.stage, action.peer, self._keys[action.microbatch]
-        layout = self._stages[s].wiring.layout(Kind.BACKWARD, key, s, to)
+        layout = self._layout(Kind.BACKWARD, action.microbatch, s, to, of=s)
         if (s, to, key) not in self._told_missing and layout.parts:
             self._told_missing.add((s, to, key))
             missing = torch.tensor([place in self._missing[s, to, key] for place in range(len(layout.parts))])
@@ -139,6 +143,11 @@ class Exchange:
         """Makes room for gradients."""
         self._receive(Kind.BACKWARD, action)
 
+    def _layout(self, kind: Kind, m: int, from_stage: int, to_stage: int, *, of: int) -> Layout:
+        """What a message carries, as the stage `of` this rank knows it."""
+        narrow = self._narrow and self._rank_of(from_stage) != self._rank_of(to_stage)
+        return self._stages[of].wiring.layout(kind, self._keys[m], from_stage, to_stage, narrow=narrow)
+
     def _send(self, kind: Kind, action: Action) -> Sent | None:
         s, m, to = action.stage, action.microbatch, action.peer
         message = self._ready.pop((kind, s, to, m))
@@ -146,7 +155,7 @@ class Exchange:
 
     def _receive(self, kind: Kind, action: Action) -> None:
         s, m, source = action.stage, action.microbatch, action.peer
-        wire = self._stages[s].wiring.layout(kind, self._keys[m], source, s).wire
+        wire = self._layout(kind, m, source, s, of=s).wire
         if wire is not None:
             tag = self._tag(kind, source, s, m)
             self._posted[kind, s, source, m] = self._transport.post(wire, self._rank_of(source), tag)

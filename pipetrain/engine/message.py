@@ -5,7 +5,7 @@ its own for each would cost more than the copy. Both ends compute the same layou
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,17 +38,26 @@ class Wire:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a message carries, in order."""
+    """What a message carries, in order.
+
+    Attributes:
+        narrow: floating-point tensors of more than two bytes an element travel as bfloat16.
+    """
 
     parts: tuple[tuple[ValueId, LeafKind], ...]
+    narrow: bool = False
 
     @cached_property
     def _travelling(self) -> list[tuple[ValueId, TensorSpec]]:
         return [
-            (value, _NUMBER if isinstance(kind, NumberSpec) else kind)
+            (value, _NUMBER if isinstance(kind, NumberSpec) else self._as_sent(kind))
             for value, kind in self.parts
             if not isinstance(kind, ConstantSpec)
         ]
+
+    def _as_sent(self, kind: TensorSpec) -> TensorSpec:
+        is_wide = kind.dtype.is_floating_point and kind.dtype.itemsize > torch.bfloat16.itemsize
+        return replace(kind, dtype=torch.bfloat16) if self.narrow and is_wide else kind
 
     @cached_property
     def _numbers(self) -> dict[ValueId, type]:
@@ -80,11 +89,11 @@ class Layout:
             return None
         if self._is_one_tensor and self._travelling[0][0] in values:
             value, spec = self._travelling[0]
-            return flat(spec.conform(values[value]))
+            return flat(spec.conform(values[value].to(spec.dtype)))
         buffer, start = self.wire.zeros(device) if self.missing(values) else self.wire.empty(device), 0
         for value, spec in self._travelling:
             if value in values:
-                tensor = _bits_of(values[value]) if value in self._numbers else values[value]
+                tensor = _bits_of(values[value]) if value in self._numbers else values[value].to(spec.dtype)
                 _part(buffer, start, spec).copy_(flat(spec.conform(tensor)))
             start += _padded(spec.num_bytes)
         return buffer
@@ -106,6 +115,8 @@ class Layout:
                 values[value] = _number_of(tensor, self._numbers[value]) if value in self._numbers else tensor
                 start += _padded(spec.num_bytes)
         for value, kind in self.parts:
+            if isinstance(kind, TensorSpec) and self.narrow:
+                values[value] = values[value].to(kind.dtype)
             if isinstance(kind, ConstantSpec):
                 values[value] = device if isinstance(kind.value, torch.device) else kind.value
         return values

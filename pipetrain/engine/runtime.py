@@ -49,6 +49,7 @@ class Runtime:
         *,
         ties: Sequence[Tie] = (),
         memory_bytes: Callable[[], float] = lambda: 0.0,
+        narrow_messages: bool = False,
     ) -> None:
         """
         Args:
@@ -56,6 +57,7 @@ class Runtime:
             num_stages: of the whole pipeline.
             ties: the parameters that several layers of the whole model share.
             memory_bytes: measures this process; its value goes into every report.
+            narrow_messages: floating-point values travel between ranks as bfloat16.
         """
         self.transport = transport
         self.stages = {stage.index: stage for stage in stages}
@@ -71,7 +73,7 @@ class Runtime:
         # What this rank's optimizer steps. Two uses of a tied parameter on one rank share their memory: one of them.
         self.own_parameters = {name: p for name, p in self.parameters.items() if name not in follow}
         self._reporter = Reporter(stages, num_stages, ties, transport, device, memory_bytes)
-        self._exchange = Exchange(self.stages, transport, device)
+        self._exchange = Exchange(self.stages, transport, device, narrow=narrow_messages)
         self._do: dict[Kind, Callable[[Action], None]] = {
             Kind.FORWARD: self._forward,
             Kind.RECOMPUTE: self._recompute,

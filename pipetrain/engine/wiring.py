@@ -52,7 +52,7 @@ class Wiring:
         self._stage = stage
         self._structures: dict[tuple[int, int], Structure] = {}
         self._inputs: dict[tuple[int, int], Inputs] = {}
-        self._layouts: dict[tuple[Kind, int, int, int], Layout] = {}
+        self._layouts: dict[tuple[Kind, int, int, int, bool], Layout] = {}
 
     # ---- structures ------------------------------------------------------------------------------------------
 
@@ -148,13 +148,14 @@ class Wiring:
 
     # ---- messages --------------------------------------------------------------------------------------------
 
-    def layout(self, kind: Kind, key: int, from_stage: int, to_stage: int) -> Layout:
+    def layout(self, kind: Kind, key: int, from_stage: int, to_stage: int, *, narrow: bool = False) -> Layout:
         """What the message that follows a forward or backward of `from_stage` carries to `to_stage`."""
-        wanted = (kind, key, from_stage, to_stage)
+        wanted = (kind, key, from_stage, to_stage, narrow)
         if wanted not in self._layouts:
             find = self._forward_values if kind is Kind.FORWARD else self._backward_values
             values = find(key, from_stage, to_stage)
-            self._layouts[wanted] = Layout(tuple((v, self._structures[key, v[0]].leaves[v[1]]) for v in values))
+            parts = tuple((v, self._structures[key, v[0]].leaves[v[1]]) for v in values)
+            self._layouts[wanted] = Layout(parts, narrow)
         return self._layouts[wanted]
 
     def _forward_values(self, key: int, from_stage: int, to_stage: int) -> list[ValueId]:

@@ -28,6 +28,7 @@ from pipetrain.suggest import one_of
 
 ACTIONS = ("train", "check")
 PRECISIONS = ("fp32", "bf16", "fp64")
+MESSAGES = ("exact", "bf16")
 LOGIT_CLIP_KINDS = ("hard", "soft")
 INIT_SCALES = ("none", "inverse_depth", "inverse_sqrt_depth")
 POSITIONS = ("learned", "sinusoidal")
@@ -72,6 +73,8 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
         problems.append("data.path= is empty: give a file or folder, or data.path=null for Python's own manual")
     if cfg.action == "check" and cfg.resume is not None:
         problems.append("action=check runs the first steps of the settings: leave resume out")
+    if cfg.action == "check" and cfg.messages != "exact":
+        problems.append(f"action=check proves that nothing depends on the cut, with messages={cfg.messages} all does")
     if cfg.action == "check" and cfg.init_from is not None:
         problems.append("action=check compares with plain PyTorch from the seed on: leave init_from out")
     if problems:
@@ -126,6 +129,7 @@ def _check_choices(cfg: Config, problems: list[str]) -> None:
     choices: list[tuple[str, str, tuple[str, ...]]] = [
         ("action", cfg.action, ACTIONS),
         ("precision", cfg.precision, PRECISIONS),
+        ("messages", cfg.messages, MESSAGES),
         ("logit_clip_kind", cfg.logit_clip_kind, LOGIT_CLIP_KINDS),
         ("lr_rule.name", cfg.lr_rule.name, LR_RULES),
     ]

@@ -113,7 +113,15 @@ def build_runtime(
 
     stages = [build_stage(index) for index in order.stages_of(transport.rank)]
     ties = ties_of(recipe, balance)
-    return Runtime(stages, len(balance), transport, device, ties=ties, memory_bytes=_memory_meter(device))
+    return Runtime(
+        stages,
+        len(balance),
+        transport,
+        device,
+        ties=ties,
+        memory_bytes=_memory_meter(device),
+        narrow_messages=cfg.messages == "bf16",
+    )
 
 
 def _memory_meter(device: torch.device) -> Callable[[], float]:

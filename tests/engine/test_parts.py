@@ -104,6 +104,24 @@ def test_a_single_tensor_travels_as_it_is_and_constants_not_at_all() -> None:
     assert layout_of({(0, 0): "text"}).wire is None
 
 
+def test_narrow_messages_halve_what_is_wide_and_leave_the_rest() -> None:
+    single = Layout(layout_of({(0, 0): torch.ones(3)}).parts, narrow=True)
+    message = single.pack({(0, 0): torch.tensor([1.0, 1 / 3, 1e30])}, CPU)
+    assert message is not None
+    assert single.wire == Wire(3, torch.bfloat16) == Wire(message.numel(), message.dtype)
+    (arrived,) = single.unpack(message, CPU).values()
+    assert torch.equal(arrived, torch.tensor([1.0, 1 / 3, 1e30]).bfloat16().float())
+    layout = Layout(layout_of(PARTS).parts, narrow=True)
+    message = layout.pack(PARTS, CPU)
+    assert message is not None
+    for value, leaf in layout.unpack(message, CPU).items():
+        if isinstance(leaf, Tensor):
+            assert torch.equal(leaf, PARTS[value]), "small whole numbers, and what is no floating-point tensor"
+            assert leaf.stride() == PARTS[value].stride()
+        else:
+            assert leaf == PARTS[value]
+
+
 def test_a_tensor_of_another_size_than_agreed_is_refused_before_it_is_sent() -> None:
     with pytest.raises(RuntimeError, match=r"a value of layer 0 is \(2,\), not \(3,\)"):
         layout_of({(0, 0): torch.ones(3)}).pack({(0, 0): torch.ones(2)}, CPU)

@@ -64,3 +64,14 @@ def test_the_order_of_micro_batches_is_seen_in_the_bits() -> None:
     forwards = run(transformer(), (6,), "gpipe")
     backwards = run(transformer(), (6,), "gpipe_lifo")
     assert any(not torch.equal(forwards.gradients[n], g) for n, g in backwards.gradients.items())
+
+
+def test_narrow_messages_round_what_travels_and_nothing_else() -> None:
+    exact = run(transformer(), (3, 3), "gpipe")
+    narrow = run(transformer(), (3, 3), "gpipe", narrow_messages=True)
+    assert narrow.reports[0].loss_sum != exact.reports[0].loss_sum
+    assert narrow.reports[0].loss_sum == pytest.approx(exact.reports[0].loss_sum, rel=1e-2)
+    on_one_rank = run(transformer(), (2, 2, 1, 1), "zb_v", 2, narrow_messages=True)
+    assert on_one_rank.reports[0].loss_sum != exact.reports[0].loss_sum
+    alone = run(transformer(), (3, 3), "zb_v", 2, narrow_messages=True)
+    assert_same(alone, exact, "two stages on one rank send nothing")

@@ -1,0 +1,124 @@
+"""The results as tables in Markdown, and a figure."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from emulated import NAMES, WANTED
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def show_emulated(found: dict[str, Any]) -> str:
+    rows = []
+    for r in found.values():
+        share = {name: f"{value:.3f}" for name, value in r["share_of_ideal"].items()}
+        simulated = r["simulated_s"] / r["seconds"]["pipetrain"]
+        times = f"{r['times_torch']:.3f}" if "times_torch" in r else "refuses"
+        wanted = f"{WANTED[r['K']]:.2f}" if r["schedule"] == "gpipe" else ""
+        rows.append(
+            [
+                r["schedule"],
+                r["K"],
+                r["M"],
+                f"{r['ideal_s']:.3f}",
+                f"{r['seconds']['pipetrain']:.3f}",
+                share["pipetrain"],
+                wanted,
+                f"{simulated:.3f}",
+                share.get("torch", ""),
+                share.get("torchgpipe", ""),
+                times,
+            ]
+        )
+    ratios = [r["times_torch"] for r in found.values() if "times_torch" in r]
+    header = ["schedule", "K", "M", "ideal s", "pipetrain s", "share of ideal", "wanted", "simulated / measured"]
+    header += ["torch: share", "torchgpipe: share", "speed / torch"]
+    average = f"\nSpeed over torch, mean of {len(ratios)}: {sum(ratios) / len(ratios):.3f}, least {min(ratios):.3f}\n"
+    return table(header, rows) + (average if ratios else "")
+
+
+def show_zero_bubble(found: dict[str, Any]) -> str:
+    rows = [[k, f"{r['measured']:.3f}", f"{r['simulated']:.3f}"] for k, r in found.items()]
+    return table(["zb_h1 / 1f1b, F = I = W = 50 ms", "measured", "simulated"], rows)
+
+
+def show_real(found: dict[str, Any]) -> str:
+    rows = []
+    for model, r in found.items():
+        rows.append([model, "one stage / plain loop", f"{r['one stage / plain']:.3f}"])
+        rows.append([model, "torchgpipe on two / plain loop", f"{r['torchgpipe on 2 / plain']:.3f}"])
+        for name, ratios in r.items():
+            if isinstance(ratios, dict):
+                rows += [[model, f"{name}: {key}", f"{value:.3f}"] for key, value in ratios.items()]
+    return table(["model", "speed, 32 micro-batches", "ratio"], rows)
+
+
+def show_memory(found: dict[str, Any]) -> str:
+    def mib(num_bytes: float) -> str:
+        return f"{num_bytes / 2**20:.1f}"
+
+    rows = []
+    for model in ("transformer", "amoebanet"):
+        for policy, stages in found[model]["pipetrain"].items():
+            theirs = found[model]["torchgpipe"][policy]
+            each = ", ".join(map(mib, stages))
+            rows.append([model, f"gpipe, {policy}", each, mib(sum(stages)), f"torchgpipe {mib(theirs)}"])
+        for name in ("gpipe", "1f1b"):
+            ours, theirs = found[model][f"pipetrain {name}"], found[model][f"torch {name}"]
+            each = ", ".join(map(mib, theirs))
+            rows.append(
+                [model, f"{name}, never", ", ".join(map(mib, ours)), mib(sum(ours)), f"torch {each}: {mib(sum(theirs))}"]
+            )
+    text = table(["model", "policy", "MiB on each stage", "together", "peer"], rows)
+    ks = sorted({key.split("_")[0] for key in found["sweep"]})
+    ms = sorted({int(key.split("_M")[1]) for key in found["sweep"]})
+    sweep = [[k, *(mib(max(found["sweep"][f"{k}_M{m}"])) for m in ms)] for k in ks]
+    return text + "\n" + table(["gpipe, always: largest stage, MiB", *(f"M={m}" for m in ms)], sweep)
+
+
+def show_overhead(found: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{value:.2%}" if "structures" in name else f"{value:.0f}"]
+        for name, value in found.items()
+        if name != "wanted_us"
+    ]
+    return table([f"cost of the engine (wanted: under {found['wanted_us']} us, 2 %)", ""], rows)
+
+
+SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
+    "emulated": show_emulated,
+    "zero_bubble": show_zero_bubble,
+    "real": show_real,
+    "memory": show_memory,
+    "overhead": show_overhead,
+}
+
+
+def draw_emulated(found: dict[str, Any], path: Path) -> None:
+    """Share of the ideal over the number of devices, M = 32."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "bench"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(NAMES), figsize=(16, 3.2), sharey=True)
+    colours = {"pipetrain": "#2f6fb3", "torch": "#d98032", "torchgpipe": "#7a7a7a"}
+    for axis, name in zip(axes, NAMES, strict=True):
+        cells = [r for r in found.values() if r["schedule"] == name and r["M"] == 32]
+        for contestant, colour in colours.items():
+            points = [(r["K"], r["share_of_ideal"][contestant]) for r in cells if contestant in r["share_of_ideal"]]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=contestant, color=colour)
+        axis.set_xscale("log", base=2)
+        axis.set_title(name)
+        axis.set_xlabel("devices")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of the ideal")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
