@@ -219,6 +219,10 @@ def _launch(raw: DictConfig, folder: Path) -> int:
         finally:
             if _session.sweep is None and _session.footprint is not None:
                 _session.footprint.undo()
+    if cfg.action == "plan":
+        from pipetrain.preview import preview
+
+        return preview(cfg, folder)
     from pipetrain.launch import launch
 
     _session.launched = True

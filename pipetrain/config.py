@@ -179,7 +179,10 @@ class CheckConfig:
 
 @dataclass(kw_only=True)
 class Config:
-    action: str = setting("train | check (a few steps against one plain process: do the guarantees hold?)", "train")
+    action: str = setting(
+        "train | plan (what would happen) | check (some steps against one plain process: do the guarantees hold?)",
+        "train",
+    )
     name: str = setting("name of the run: the folder under runs/", "???")
     model: ModelConfig = setting("the model and its size", "???")
     data: DataConfig = setting("the data", "???")

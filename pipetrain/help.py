@@ -20,6 +20,7 @@ _EXAMPLES = (
     ("pipetrain data.path=book.txt steps=1000", "your own text"),
     ("pipetrain my.yaml devices=2", "your own settings in a file that starts with: defaults: [config, _self_]"),
     ("pipetrain -m devices=1,2,4", "a sweep: one run after the other, with a table at the end"),
+    ("pipetrain action=plan devices=4 schedule=1f1b", "what would happen: the stages, and the schedule as a picture"),
     ("pipetrain action=check devices=2", "do the guarantees hold for these settings? Some steps against plain PyTorch"),
     ("pipetrain resume=runs/NAME/RUN steps=600", "go on with a run, in its folder and with its settings"),
     ("pipetrain model=transformer_tiny --cfg job", "show the settings and stop"),

@@ -35,6 +35,11 @@ class RunPaths:
         """Stages, layers and schedule of the run, as JSON."""
         return self.root / "plan.json"
 
+    @property
+    def schedule_picture(self) -> Path:
+        """The schedule as it would run if all stages cost the same."""
+        return self.root / "schedule.svg"
+
     def trace(self, step: int) -> Path:
         """When each action of a step ran, for Chrome or Perfetto; a picture of it lies beside it."""
         return self.root / "trace" / f"step_{step}.json"

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "processes": set(),
     "torchrun": {"errors"},
     "worker": {"processes", "training", "engine", "errors", "paths"},
-    "check": {"config", "paths", "errors", "models", "partition", "seeds", "training", "torchrun", "worker", "launch"},
+    "check": BASE | {"config", "models", "partition", "schedule", "training", "torchrun", "worker", "launch"},
+    "preview": {"config", "errors", "launch", "models", "paths", "schedule", "torchrun", "training"},
     "launch": BASE | {"processes", "torchrun", "training", "worker", "config", "rules", "models", "data", "devices"},
 }
 # The front end: may use anything below it, launch only inside the function that starts a run.

@@ -1,6 +1,7 @@
 """The rules about settings: every message of `check`, and the way to JSON and back."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ from pipetrain.config import (
     SyntheticConfig,
     TextConfig,
     TransformerConfig,
+    num_microbatches,
+    num_stages,
+    wanted_ranks,
 )
 from pipetrain.errors import ConfigError
 
@@ -281,6 +285,42 @@ def test_message_of_every_rule(changes: dict[str, Any], text: str) -> None:
         rules.check(settings(**changes), num_gpus=0)
     assert text in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+TWO_RANKS = "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "problem"),
+    [
+        (TWO_RANKS, {"devices": 3}, "has 2 lines, one for each device, but there are 3 devices; use devices=2"),
+        (TWO_RANKS, {"devices": 2, "partitions": 4}, "partitions=4, but schedule="),
+        (TWO_RANKS, {"devices": 2, "micro_batches": 4}, "has 2; leave micro_batches out"),
+        (TWO_RANKS, {"devices": 2, "batch_size": 1}, "more than batch_size=1 samples; use batch_size=2 or more"),
+        (TWO_RANKS, {"devices": 2, "balance": [1, 1, 2]}, "balance=[1,1,2] names 3 stages, but there are 2 devices"),
+        (TWO_RANKS.replace(",1B1", ""), {"devices": 2}, "1B1 is missing"),
+        ("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", {"devices": 2}, "-->0B0<--"),
+        ("0F0,0B0\n0F1,0B1\n", {"devices": 2}, "a stage lives on one rank"),
+        (None, {"devices": 2}, "cannot be read"),
+    ],
+)
+def test_a_schedule_of_ones_own_is_checked(
+    tmp_path: Path, text: str | None, changes: dict[str, Any], problem: str
+) -> None:
+    path = tmp_path / "mine.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        rules.check(settings(schedule=str(path), **changes), num_gpus=0)
+    assert problem in str(caught.value)
+
+
+def test_a_sound_schedule_of_ones_own_says_the_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text(TWO_RANKS)
+    cfg = settings(schedule=str(path), devices="auto")
+    rules.check(cfg, num_gpus=0)
+    assert (num_microbatches(cfg), num_stages(cfg, 2), wanted_ranks(cfg)) == (2, 2, 2)
 
 
 def test_torchrun_chooses_the_devices() -> None:

@@ -26,7 +26,7 @@ from pipetrain.rules.pipeline import check_model, check_pipeline, check_recomput
 from pipetrain.rules.words import plain
 from pipetrain.suggest import one_of
 
-ACTIONS = ("train", "check")
+ACTIONS = ("train", "plan", "check")
 PRECISIONS = ("fp32", "bf16", "fp64")
 MESSAGES = ("exact", "bf16")
 LOGIT_CLIP_KINDS = ("hard", "soft")

@@ -115,7 +115,9 @@ def pipetrain(name: str, work: Work, recompute: str = "never") -> Step:
     inputs, targets = (work.inputs,), (work.targets,)
 
     def step() -> None:
-        runtime.train_step(program, 0, inputs, targets, total=work.total, update=lambda report: optimizer.step() and None)
+        runtime.train_step(
+            program, 0, inputs, targets, total=work.total, update=lambda report: optimizer.step() and None
+        )
 
     return step
 
@@ -185,4 +187,3 @@ def plain(work: Work) -> Step:
 def on_rank_0(step: Step | None) -> Step:
     """A contestant that is one process, while the others wait."""
     return step if step is not None and dist.get_rank() == 0 else lambda: None
-

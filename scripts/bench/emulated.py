@@ -150,7 +150,9 @@ def measure_zero_bubble(folder: Path) -> dict[str, Any]:
     for k in (4, 8):
         both = {
             name: cell(
-                folder / "zero_bubble", f"{name}_K{k}", lambda n=name, k=k: in_processes(k, _rank, n, 2 * k, 5.0)  # type: ignore
+                folder / "zero_bubble",
+                f"{name}_K{k}",
+                lambda n=name, k=k: in_processes(k, _rank, n, 2 * k, 5.0),  # type: ignore
             )
             for name in ("1f1b", "zb_h1")
         }

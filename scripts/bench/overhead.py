@@ -123,7 +123,9 @@ def measure(folder: Path) -> dict[str, Any]:
             found[f"{name}, {world} stages, us an action"] = median(seconds) / actions * 1e6
     for is_rich in (False, True):
         share = cell(
-            folder / "overhead", f"structures_{is_rich}", lambda r=is_rich: in_processes(2, _structures_rank, r)  # type: ignore
+            folder / "overhead",
+            f"structures_{is_rich}",
+            lambda r=is_rich: in_processes(2, _structures_rank, r),  # type: ignore
         )
         found["structures, " + ("3 tensors, 2 numbers" if is_rich else "one tensor")] = share
     return found

@@ -83,7 +83,9 @@ def measure(folder: Path) -> dict[str, Any]:
         one_stage = found[model]["one stage / plain"]
         for name in SCHEDULES:
             both = cell(
-                folder / "real", f"{model}_{name}", lambda m=model, n=name: in_processes(2, _two_processes, m, n)  # type: ignore
+                folder / "real",
+                f"{model}_{name}",
+                lambda m=model, n=name: in_processes(2, _two_processes, m, n),  # type: ignore
             )
             found[model][name] = {
                 "2 stages / plain": median(ratios(both["plain"], both["two stages"])),

@@ -71,7 +71,13 @@ def show_memory(found: dict[str, Any]) -> str:
             ours, theirs = found[model][f"pipetrain {name}"], found[model][f"torch {name}"]
             each = ", ".join(map(mib, theirs))
             rows.append(
-                [model, f"{name}, never", ", ".join(map(mib, ours)), mib(sum(ours)), f"torch {each}: {mib(sum(theirs))}"]
+                [
+                    model,
+                    f"{name}, never",
+                    ", ".join(map(mib, ours)),
+                    mib(sum(ours)),
+                    f"torch {each}: {mib(sum(theirs))}",
+                ]
             )
     text = table(["model", "policy", "MiB on each stage", "together", "peer"], rows)
     ks = sorted({key.split("_")[0] for key in found["sweep"]})
