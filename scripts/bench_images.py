@@ -71,20 +71,26 @@ def _images_per_s(reader: Callable[[Path], Iterator[Any]], folder: Path) -> floa
     return BATCHES * BATCH_SIZE / (time.perf_counter() - started)
 
 
-def _pipetrain_reader(folder: Path) -> Iterator[Any]:
-    from pipetrain.data.images.batches import ImageBatches
+def _prepared(folder: Path) -> Any:
+    """The set, without the files that cannot be read."""
     from pipetrain.data.images.sets import prepare_images
 
-    prepared = prepare_images(
+    return prepare_images(
         "folder",
         str(folder),
         size=SIZE,
         channels=None,
         valid_fraction=0.1,
-        on_error="fail",
+        on_error="skip",
         cache_dir="~/.cache/pipetrain",
         say=lambda text: None,
     )
+
+
+def _pipetrain_reader(folder: Path) -> Iterator[Any]:
+    from pipetrain.data.images.batches import ImageBatches
+
+    prepared = _prepared(folder)
     batches = ImageBatches(prepared, "train", batch_size=BATCH_SIZE, seed=0, augment=["crop", "flip"], workers=WORKERS)
     return (batches.batch(number) for number in itertools.count())
 
@@ -94,6 +100,8 @@ def _torchvision_reader(folder: Path) -> Iterator[Any]:
     import torch
     from torch.utils.data import DataLoader
 
+    from pipetrain.data.images.folder import load
+    from pipetrain.data.order import permutation
     from pipetrain.vision import import_torchvision
 
     v2, datasets = import_torchvision("torchvision.transforms.v2"), import_torchvision("torchvision.datasets")
@@ -106,9 +114,12 @@ def _torchvision_reader(folder: Path) -> Iterator[Any]:
             v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
         ]
     )
-    images = datasets.ImageFolder(str(folder / "train"), transform=transform)
-    loader: Any = DataLoader(images, batch_size=BATCH_SIZE, shuffle=True, num_workers=WORKERS, prefetch_factor=4)
-    return itertools.chain.from_iterable(itertools.repeat(loader))
+    files = [str(folder / name) for name, _ in load(Path(_prepared(folder).index)).files["train"]]
+    images = datasets.ImageFolder(str(folder / "train"), transform=transform, is_valid_file=set(files).__contains__)
+    place = {path: number for number, (path, _) in enumerate(images.samples)}
+    order = permutation(0, "train", 0, len(files))  # the same images in the same order: some are a hundred times larger
+    sampler = [place[files[number]] for number in order]
+    return iter(DataLoader(images, batch_size=BATCH_SIZE, sampler=sampler, num_workers=WORKERS, prefetch_factor=4))
 
 
 def main() -> None:

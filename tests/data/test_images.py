@@ -177,6 +177,24 @@ def test_images_of_every_mode_become_what_the_model_takes_over_white(mode: str, 
     assert torch.allclose(x, white.standardised(torch.full_like(x, 255)), atol=0.02)  # grey is rounded
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "RGB", "CMYK"])
+def test_a_crop_is_torchvisions_of_the_whole_picture_over_white(mode: str) -> None:
+    """Colours and white come after the crop here, which changes nothing but the time."""
+    noise = Image.effect_noise((40, 30), 90)
+    picture = Image.merge("RGBA", (noise, noise.rotate(90), noise.rotate(180), noise.rotate(45))).convert(mode)
+    if mode == "P":
+        picture.info["transparency"] = 7
+    whole = Image.new("RGBA", picture.size, "white")
+    whole.alpha_composite(picture.convert("RGBA"))
+    kind = KINDS["folder"]
+    crop = Augmentation(("crop", "flip"), 16, 3, kind.mean, kind.std, zoom=True)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        mine = crop(picture)
+        torch.manual_seed(seed)
+        assert torch.equal(mine, crop(whole.convert("RGB")))
+
+
 def _broken(root: Path) -> Path:
     file = root / "train" / "cat" / "1.png"
     file.write_bytes(file.read_bytes()[:40])

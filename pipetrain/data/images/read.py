@@ -30,7 +30,7 @@ class Images(Protocol):
         """The class number of each."""
 
     def image(self, number: int) -> Any:
-        """One image: uint8 [channels, height, width], or one of PIL.
+        """One image: uint8 [channels, height, width], or one of PIL, in the mode of its file.
 
         Raises:
             Unreadable: if its file is broken or gone.
@@ -97,18 +97,25 @@ class FolderImages:
         self.labels = np.array([number for _, number in self._files], dtype=np.int64)
 
     def image(self, number: int) -> Any:
-        """Red, green and blue; what is transparent lies over white."""
         path = self._root / self._files[number][0]
         try:
             with Image.open(path) as image:
-                return _over_white(image)
+                image.load()
+                return image
         except Exception as error:
             why = folder.why_unreadable(path) or str(error)
             raise Unreadable(f"{path} cannot be read: {why}") from None
 
 
-def _over_white(image: Image.Image) -> Image.Image:
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+def over_white(image: Image.Image) -> Image.Image:
+    """Red, green and blue; what is transparent lies over white."""
+    if image.mode == "LA":
+        grey = Image.new("L", image.size, 255)
+        grey.paste(image.getchannel("L"), mask=image.getchannel("A"))
+        return grey.convert("RGB")
+    if image.mode in ("RGBA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return white
     return image.convert("RGB")
