@@ -39,6 +39,7 @@ from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.footprint import Footprint
 from pipetrain.paths import RunPaths
 from pipetrain.processes import prepare_fork_server
+from pipetrain.schedule import is_file
 from pipetrain.sweep import Sweep, slug
 from pipetrain.torchrun import torchrun_rank
 
@@ -209,6 +210,8 @@ def _launch(raw: DictConfig, folder: Path) -> int:
         raise ConfigError("resume=RUN belongs on the command line, not in a file: it decides which files are read")
     if _session.sweep is not None and any(RunPaths(folder).checkpoints.glob("*")):
         cfg.resume = str(folder)
+    if is_file(cfg.schedule):
+        cfg.schedule = str(Path(cfg.schedule).expanduser().absolute())  # a resume may come from another folder
     prepare_fork_server()  # it imports torch beside us
     if cfg.action == "check":
         from pipetrain.check.run import check

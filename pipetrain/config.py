@@ -145,7 +145,7 @@ class AdafactorConfig(OptimizerConfig):
 class RmspropConfig(OptimizerConfig):
     decay: float = setting("decay of the second moment", 0.9)
     momentum: float = setting("momentum, 0 = none", 0.9)
-    eps: float = setting("added to the root of the second moment", 1.0)
+    eps: float = setting("added to the root of the second moment", 0.1)
 
 
 @dataclass(kw_only=True)

@@ -24,6 +24,7 @@ import torch
 
 from pipetrain import rules
 from pipetrain.config import (
+    AmoebaNetConfig,
     AnythingConfig,
     Config,
     ImagesConfig,
@@ -40,12 +41,13 @@ from pipetrain.processes import Ended, run_workers
 from pipetrain.torchrun import Place
 from pipetrain.training import checkpoint, status
 from pipetrain.training.build import build_recipe
-from pipetrain.training.data import Prepared, open_data, prepare_data
+from pipetrain.training.data import Prepared, image_facts, open_data, prepare_data
 from pipetrain.training.init_from import find_start
 from pipetrain.training.job import Job
 from pipetrain.training.memory import ADVICE
 from pipetrain.worker import explain_failure, run_local_worker, run_torchrun_rank
 
+_LARGE_FOR_SMALL_STEM = 96  # pixels
 # The ends of a run behind which there is a checkpoint, and their names.
 _SAVED = {Exit.DONE: "finished", Exit.PREEMPTED: "preempted, saved", Exit.INTERRUPTED: "interrupted, saved"}
 
@@ -123,6 +125,7 @@ def prepare(
             raise ConfigError(f"{error}; or train without evaluation: eval.every=0") from error
     recipe = build_recipe(cfg, data)
     _check_model(cfg, recipe, data, num_stages(cfg, len(devices)))
+    _warn_of_large_images(cfg, data, say)
     # A resumed run has its weights, whatever its first start took them from.
     start = find_start(cfg.init_from, recipe, say) if cfg.init_from is not None and saved is None else None
     job = Job(cfg, run, data, devices, found, start)
@@ -180,6 +183,17 @@ def _remedy(cfg: Config, failure: str) -> str:
         "; if the module takes samples of another length, type another data.seq_len; if it takes none of token "
         f"numbers, data=synthetic 'data.shape=[3,224,224]'{fewer}"
     )
+
+
+def _warn_of_large_images(cfg: Config, data: Prepared | None, say: Callable[[str], None]) -> None:
+    if not isinstance(cfg.model, AmoebaNetConfig) or cfg.model.stem != "small":
+        return
+    height, width = image_facts(cfg, data).image_size
+    if max(height, width) > _LARGE_FOR_SMALL_STEM:
+        say(
+            f"images of {height}x{width} are many pixels for model.stem=small, which is made for some 28 to 64: "
+            "data.size=64 or model.stem=imagenet trains many times faster"
+        )
 
 
 def _check_goes_on(cfg: Config, step: int, steps_of_epoch: int) -> None:

@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipetrain.engine.connect import connect
 from pipetrain.engine.loss import LossSum
 from pipetrain.engine.report import StepReport
 from pipetrain.engine.runtime import Program, Runtime
 from pipetrain.engine.stage import Stage
 from pipetrain.engine.tied import Tie
-from pipetrain.engine.transport import DistributedTransport, Transport
+from pipetrain.engine.transport import Transport
 from pipetrain.errors import ConfigError
 from pipetrain.models import Recipe
 from pipetrain.models.capture import capture
@@ -251,4 +252,4 @@ def _join(device: torch.device) -> Transport:
             dist.init_process_group(backend, timeout=_TIMEOUT)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    return DistributedTransport(device, _TIMEOUT)
+    return connect(device, _TIMEOUT)

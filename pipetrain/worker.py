@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
-from pipetrain.engine.transport import DistributedTransport, PeerLost
+from pipetrain.engine.connect import connect
+from pipetrain.engine.transport import PeerLost
 from pipetrain.errors import Exit, PipetrainError
 from pipetrain.paths import RunPaths
 from pipetrain.processes import SIGNALS, die_with_parent
@@ -93,7 +94,7 @@ def run_rank(job: Job, rank: int, world: int, signals: Signals, store: Store | N
         filename=job.run.log, level=logging.INFO, format=f"[%(asctime)s][stage {rank}] %(message)s", force=True
     )
     logging.captureWarnings(True)
-    code = train(job, DistributedTransport(device, _TIMEOUT), device, signals)
+    code = train(job, connect(device, _TIMEOUT), device, signals)
     dist.destroy_process_group()
     return code
 

@@ -42,7 +42,8 @@ for `gpipe_lifo` and `looped_bfs`, which go back in reverse and agree with each 
 
 A CSV file with a line for each rank, in the text of torch.distributed.pipelining: `0F2` is the forward of micro-batch 2
 on stage 0, `B` a backward, `I` and `W` its halves for input and weights, `R` a recompute. Messages are put in by
-themselves; those in a file that torch has lowered already are left out.
+themselves; those in a file that torch has lowered already are left out. An `R` of the file stays where it is, and
+`recompute=` adds those that it asks for besides.
 
     0F0,0F1,0B0,0B1
     1F0,1B0,1F1,1B1

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pipetrain.engine import connect
 from pipetrain.engine.stage import Stage
 from pipetrain.training import state
 
@@ -76,7 +77,12 @@ def restored_with_a_difference(*args: Any) -> None:
                 parameter[3] += 1
 
 
+def without_shared_memory() -> str:
+    return ""
+
+
 _ELSEWHERE = {
+    "without_shared_memory": (connect, "machine", without_shared_memory),
     "masks_of_the_stage": (Stage, "train", masks_of_the_stage),
     "restored_with_a_difference": (state, "restore", restored_with_a_difference),
 }

@@ -206,11 +206,11 @@ BAD = [
     ),
     (
         {"devices": 2, "partitions": 3, "schedule": "interleaved"},
-        "schedule=interleaved runs as many stages, 2 or more, on each of the 2 devices; use partitions=4",
+        "schedule=interleaved runs the same number of stages, at least 2, on each of the 2 devices; use partitions=4",
     ),
     (
         {"devices": 2, "partitions": 6, "schedule": "zb_v"},
-        "partitions=6, but schedule=zb_v runs 2 stages on each of the 2 devices; use partitions=4",
+        "partitions=6, but schedule=zb_v runs two stages on each of the 2 devices; use partitions=4",
     ),
     (
         {"devices": 2, "balance": [2, 3], "schedule": "zb_v"},
@@ -273,7 +273,7 @@ BAD = [
     ({"ema": 0.0}, "ema=0.0 must be above 0 and below 1; 0.9999 is common, null is off"),
     (rmsprop(decay=1.0), "optimizer.decay=1.0 must be at least 0 and below 1; 0.9 is common"),
     (rmsprop(momentum=-0.1), "optimizer.momentum=-0.1 must be at least 0 and below 1; 0.9 is common"),
-    (rmsprop(eps=0.0), "optimizer.eps=0.0 must be greater than 0 and finite; 1.0 is the recipe's"),
+    (rmsprop(eps=0.0), "optimizer.eps=0.0 must be greater than 0 and finite; 0.1 is the paper's"),
     ({"steps": None}, "steps=null and epochs=null leave open how long to train; type steps=300 or epochs=1"),
     ({"epochs": 3}, "steps=10 and epochs=3 are both set: type steps=null epochs=3, or epochs=null steps=10"),
 ]

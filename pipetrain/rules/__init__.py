@@ -74,7 +74,9 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
     if cfg.action == "check" and cfg.resume is not None:
         problems.append("action=check runs the first steps of the settings: leave resume out")
     if cfg.action == "check" and cfg.messages != "exact":
-        problems.append(f"action=check proves that nothing depends on the cut, with messages={cfg.messages} all does")
+        problems.append(
+            f"action=check compares cuts, which differ with messages={cfg.messages}: leave it out, or messages=exact"
+        )
     if cfg.action == "check" and cfg.init_from is not None:
         problems.append("action=check compares with plain PyTorch from the seed on: leave init_from out")
     if problems:

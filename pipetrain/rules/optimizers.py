@@ -29,4 +29,4 @@ def check_optimizer(optimizer: OptimizerConfig, problems: list[str]) -> None:
                 )
         # Without it a gradient of zero would be divided by zero.
         if not 0 < optimizer.eps < float("inf"):
-            problems.append(f"optimizer.eps={optimizer.eps} must be greater than 0 and finite; 1.0 is the recipe's")
+            problems.append(f"optimizer.eps={optimizer.eps} must be greater than 0 and finite; 0.1 is the paper's")

@@ -55,10 +55,10 @@ def _check_stages(cfg: Config, num_ranks: int, problems: list[str]) -> None:
     else:
         family = SCHEDULES[cfg.schedule]
         if not family.fits(num_stages(cfg, num_ranks), num_ranks):
-            rule = "one stage" if family.most == 1 else f"{family.fewest} stages" if family.most else "as many stages"
-            more = f", {family.fewest} or more," if family.most is None else ""
+            exact = {1: "one stage", 2: "two stages"}.get(family.most or 0)
+            rule = exact or f"the same number of stages, at least {family.fewest},"
             problems.append(
-                f"partitions={cfg.partitions}, but schedule={cfg.schedule} runs {rule}{more} on each of the "
+                f"partitions={cfg.partitions}, but schedule={cfg.schedule} runs {rule} on each of the "
                 f"{num_ranks} devices; use partitions={num_ranks * family.usual} or leave partitions out"
                 + (f", or devices={cfg.partitions}" if family.most == 1 else "")
             )
@@ -80,7 +80,7 @@ def _file_problem(cfg: Config, num_ranks: int) -> str | None:
     if schedule.num_ranks != num_ranks:
         return (
             f"schedule={cfg.schedule} has {schedule.num_ranks} lines, one for each device, but there are {num_ranks} "
-            f"devices; use devices={schedule.num_ranks}"
+            f"devices; use devices={schedule.num_ranks}, or another schedule"
         )
     if cfg.partitions not in (None, schedule.num_stages):
         return f"partitions={cfg.partitions}, but schedule={cfg.schedule} has {schedule.num_stages} stages"

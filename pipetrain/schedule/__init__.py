@@ -83,7 +83,9 @@ def read_file(path: str) -> Schedule:
     try:
         return read_csv(path, Path(path).expanduser().read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"schedule={path} cannot be read: {error}") from error
+        raise ScheduleError(
+            f"schedule={path} cannot be read: {error}; give a file, or one of {', '.join(SCHEDULES)}"
+        ) from error
 
 
 def build(

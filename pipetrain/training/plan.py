@@ -17,6 +17,7 @@ class StagePlan:
     """One stage before it runs."""
 
     stage: int
+    rank: int
     device: str
     layers: list[str]
     parameters: int
@@ -41,17 +42,19 @@ class Plan:
 
     def table(self) -> list[str]:
         """Lines for the console: a row a stage, then the schedule in a sentence."""
-        rows = [("stage", "device", "layers", "", "parameters")]
+        several = len({stage.rank for stage in self.stages}) < len(self.stages)
+        rows = [("stage", *(["rank"] if several else []), "device", "layers", "", "parameters")]
         for stage in self.stages:
             first, last = stage.layers[0], stage.layers[-1]
             span = first if first == last else f"{first} .. {last}"
-            rows.append((str(stage.stage), stage.device, str(len(stage.layers)), span, f"{stage.parameters:,}"))
+            home = [str(stage.rank)] if several else []
+            rows.append((str(stage.stage), *home, stage.device, str(len(stage.layers)), span, f"{stage.parameters:,}"))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = sum(stage.parameters for stage in self.stages)
         lines.append(
             f"{total:,} parameters, schedule {self.schedule}, {self.num_microbatches} micro-batches, "
-            f"recompute {self.recompute}"
+            f"recompute {self.recompute if isinstance(self.recompute, str) else ', '.join(self.recompute)}"
         )
         if len(self.stages) > 1:
             lines.append(f"with equal stages each would wait {self.bubble_fraction:.1%} of the time (the bubble)")
@@ -71,8 +74,8 @@ def make_plan(
     halves = (1.0, 1.0) if schedule.is_split else (2.0, 0.0)
     cost = StageCost(1.0, *halves, recompute_s=1.0)
     stages = [
-        StagePlan(s, devices[schedule.placement[s]], names[sum(balance[:s]) : sum(balance[: s + 1])], parameters[s])
-        for s in range(schedule.num_stages)
+        StagePlan(s, rank, devices[rank], names[sum(balance[:s]) : sum(balance[: s + 1])], parameters[s])
+        for s, rank in enumerate(schedule.placement)
     ]
     return Plan(
         stages=stages,
@@ -86,7 +89,9 @@ def make_plan(
 def drawn(schedule: Schedule) -> list[str]:
     """The lines of the schedule's grid, where it fits a terminal and there is something to see."""
     lines = grid(schedule).splitlines()
-    if schedule.num_stages == 1 or max(map(len, lines)) > _WIDEST_GRID:
+    if schedule.num_stages == 1:
         return []
+    if max(map(len, lines)) > _WIDEST_GRID:
+        return ["the schedule is too wide to draw here; action=plan makes a picture of it"]
     backward = "I and W the halves of a backward" if schedule.is_split else "B backward"
-    return [*lines, f"F forward, R recompute, {backward}, . waiting; a column is the time of a forward"]
+    return [*lines, f"F forward, R recompute, {backward}, - still at it, . waiting; a column is the time of a forward"]

@@ -11,12 +11,14 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torchs
 from torchgpipe import GPipe
 
+from pipetrain.engine.connect import connect
 from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.stage import Stage
-from pipetrain.engine.transport import DistributedTransport
 from pipetrain.models import Recipe
 from pipetrain.partition.split import build_layer, dataflow_of, take_stage
 from pipetrain.schedule import Schedule, build, generate
+from pipetrain.sim.simulate import simulate
+from pipetrain.training.trace import gather_spans, mean_costs
 
 # What torch calls each schedule, and whether it takes a list of stages.
 OF_TORCH: dict[str, tuple[type, bool]] = {
@@ -94,32 +96,37 @@ def schedule_of(name: str, world: int, work: Work, recompute: str = "never") -> 
     return build(name, world, work.num_microbatches, stages_per_rank=stages_per_rank, recompute=recompute, skips=skips)
 
 
-def pipetrain(name: str, work: Work, recompute: str = "never") -> Step:
-    """On all ranks of the process group."""
-    transport = DistributedTransport(CPU, TIMEOUT)
-    plan = schedule_of(name, transport.num_ranks, work, recompute)
-    stages = [
-        Stage(
-            s,
-            take_stage(work.recipe, work.balance, s, seed=0, device=CPU),
-            dataflow_of(work.recipe, work.balance),
-            device=CPU,
-            seed=0,
-            loss_sum=work.recipe.loss_sum if s == plan.num_stages - 1 else None,
-        )
-        for s in plan.stages_of(transport.rank)
-    ]
-    runtime = Runtime(stages, plan.num_stages, transport, CPU)
-    program = runtime.prepare(plan)
-    optimizer = work.optimizer(list(runtime.own_parameters.values()))
-    inputs, targets = (work.inputs,), (work.targets,)
+class Pipetrain:
+    """One training step on all ranks of the process group, each time it is called."""
 
-    def step() -> None:
-        runtime.train_step(
-            program, 0, inputs, targets, total=work.total, update=lambda report: optimizer.step() and None
+    def __init__(self, name: str, work: Work, recompute: str = "never") -> None:
+        self.transport = connect(CPU, TIMEOUT)
+        self.plan = schedule_of(name, self.transport.num_ranks, work, recompute)
+        stages = [
+            Stage(
+                s,
+                take_stage(work.recipe, work.balance, s, seed=0, device=CPU),
+                dataflow_of(work.recipe, work.balance),
+                device=CPU,
+                seed=0,
+                loss_sum=work.recipe.loss_sum if s == self.plan.num_stages - 1 else None,
+            )
+            for s in self.plan.stages_of(self.transport.rank)
+        ]
+        self.runtime = Runtime(stages, self.plan.num_stages, self.transport, CPU)
+        self.program = self.runtime.prepare(self.plan)
+        self.optimizer = work.optimizer(list(self.runtime.own_parameters.values()))
+        self.inputs, self.targets, self.total = (work.inputs,), (work.targets,), work.total
+
+    def __call__(self) -> None:
+        self.runtime.train_step(
+            self.program, 0, self.inputs, self.targets, total=self.total, update=lambda report: self.optimizer.step()
         )
 
-    return step
+    def simulated_s(self, link_s: float) -> float:
+        """What the simulator says of a step whose actions take what those of the last step took."""
+        spans = gather_spans(self.plan, self.runtime.spans, self.transport)
+        return simulate(self.plan, mean_costs(spans, self.plan.num_stages), link_s)[-1].end_s
 
 
 def of_torch(name: str, work: Work) -> Step | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import Work, of_torch, on_rank_0, pipetrain, schedule_of, torchgpipe
+from contestants import Pipetrain, Work, of_torch, on_rank_0, schedule_of, torchgpipe
 from measure import cell, in_processes, in_turns, median, message_s, ratios
 from torch import Tensor, nn
 
@@ -95,7 +95,7 @@ def _rank(name: str, num_microbatches: int, times_slower: float) -> dict[str, An
     per_rank = SCHEDULES[name].usual
     seconds = tuple(s * times_slower / per_rank for s in (FORWARD_S, INPUT_S, WEIGHT_S))
     work = sleeping_work(world * per_rank, num_microbatches, seconds)  # type: ignore[arg-type]
-    contestants = {"pipetrain": pipetrain(name, work)}
+    contestants = {"pipetrain": Pipetrain(name, work)}
     if (theirs := of_torch(name, work)) is not None:
         contestants["torch"] = theirs
     if name == "gpipe":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import Work, of_torch, on_rank_0, pipetrain, torchgpipe
+from contestants import Pipetrain, Work, of_torch, on_rank_0, torchgpipe
 from measure import Step, cell, in_processes
 from real import work_of
 from torch import Tensor, nn
@@ -46,12 +46,12 @@ def _policies_rank(model: str) -> dict[str, Any]:
     work = work_of(model, 2)
     found: dict[str, Any] = {"pipetrain": {}, "torchgpipe": {}}
     for policy in POLICIES:
-        found["pipetrain"][policy] = on_all_ranks(peak_bytes(pipetrain("gpipe_lifo", work, policy)))
+        found["pipetrain"][policy] = on_all_ranks(peak_bytes(Pipetrain("gpipe_lifo", work, policy)))
         theirs = on_rank_0(torchgpipe(work, policy) if dist.get_rank() == 0 else None)
         found["torchgpipe"][policy] = on_all_ranks(peak_bytes(theirs) if dist.get_rank() == 0 else 0)[0]
         dist.barrier()
     for name in ("gpipe", "1f1b"):
-        found[f"pipetrain {name}"] = on_all_ranks(peak_bytes(pipetrain(name, work, "never")))
+        found[f"pipetrain {name}"] = on_all_ranks(peak_bytes(Pipetrain(name, work, "never")))
         theirs_too = of_torch(name, work)
         assert theirs_too is not None
         found[f"torch {name}"] = on_all_ranks(peak_bytes(theirs_too))
@@ -81,7 +81,7 @@ def _sweep_rank(num_microbatches: int) -> list[int]:
         recipe, [LAYERS // world] * world, x, x, num_microbatches, lambda parameters: torch.optim.SGD(parameters, 0.1)
     )
     gradients = LAYERS // world * (WIDTH + 1) * WIDTH * 4
-    return [peak - gradients for peak in on_all_ranks(peak_bytes(pipetrain("gpipe", work, "always")))]
+    return [peak - gradients for peak in on_all_ranks(peak_bytes(Pipetrain("gpipe", work, "always")))]
 
 
 def measure(folder: Path) -> dict[str, Any]:

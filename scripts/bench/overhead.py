@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import Work, pipetrain
+from contestants import Pipetrain, Work
 from emulated import FORWARD_S, INPUT_S, MESSAGE_BYTES, WEIGHT_S, SleepingLayer
 from measure import cell, in_processes, in_turns, median, seconds_per_step
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def _work(num_stages: int, layer: Callable[[], nn.Module], floats: int) -> Work:
 
 def _nothing_rank() -> dict[str, list[float]]:
     work = _work(dist.get_world_size(), Nothing, 64)
-    return in_turns({name: pipetrain(name, work, "always") for name in NAMES}, STEPS)
+    return in_turns({name: Pipetrain(name, work, "always") for name in NAMES}, STEPS)
 
 
 class _Timed:
@@ -104,7 +104,7 @@ def _structures_rank(is_rich: bool) -> float:
         (layer_module, "flatten"),
     )
     layer = Rich if is_rich else lambda: SleepingLayer(FORWARD_S, INPUT_S, WEIGHT_S)
-    step = pipetrain("gpipe", _work(dist.get_world_size(), layer, MESSAGE_BYTES // 4))
+    step = Pipetrain("gpipe", _work(dist.get_world_size(), layer, MESSAGE_BYTES // 4))
     step()
     timed.seconds = 0.0
     elapsed = seconds_per_step(step, 3)

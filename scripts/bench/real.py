@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import Work, of_torch, on_rank_0, pipetrain, plain, torchgpipe
-from measure import cell, in_processes, in_turns, median, ratios
+from contestants import Pipetrain, Work, of_torch, on_rank_0, plain, torchgpipe
+from measure import cell, in_processes, in_turns, median, message_s, ratios, seconds_per_step
 
 from pipetrain.config import TextConfig, TransformerConfig
 from pipetrain.models import build
@@ -15,7 +15,10 @@ from pipetrain.models.amoebanet import amoebanet
 MICRO_BATCHES = 32
 STEPS = {"transformer": 3, "amoebanet": 6}
 SCHEDULES = ("gpipe", "1f1b")
-PARTS = ("plain", "one stage", "two stages", "torch", "torchgpipe")
+_MESSAGE_BYTES = {
+    "transformer": 128 * 256 * 4,
+    "amoebanet": 8 * (96 * 14 * 14 + 64 * 28 * 28) * 4,
+}  # between the stages
 
 
 def work_of(model: str, num_stages: int) -> Work:
@@ -58,16 +61,20 @@ def work_of(model: str, num_stages: int) -> Work:
 
 def _one_process(model: str) -> dict[str, list[float]]:
     work, two = work_of(model, 1), work_of(model, 2)
-    contestants = {"plain": plain(work), "one stage": pipetrain("gpipe", work), "torchgpipe": torchgpipe(two)}
+    contestants = {"plain": plain(work), "one stage": Pipetrain("gpipe", work), "torchgpipe": torchgpipe(two)}
     return in_turns(contestants, STEPS[model])
 
 
 def _two_processes(model: str, name: str) -> dict[str, list[float]]:
     """One stage on rank 0, while the other one waits, and two stages."""
     work, one = work_of(model, 2), work_of(model, 1)
-    contestants = {"two stages": pipetrain(name, work), "torch": of_torch(name, work)}
-    contestants["plain"] = on_rank_0(plain(one) if dist.get_rank() == 0 else None)
-    return in_turns({k: step for k, step in contestants.items() if step is not None}, STEPS[model])
+    ours, theirs = Pipetrain(name, work), of_torch(name, work)
+    assert theirs is not None
+    alone = on_rank_0(plain(one) if dist.get_rank() == 0 else None)
+    times = in_turns({"two stages": ours, "torch": theirs, "plain": alone}, STEPS[model])
+    link_s = message_s(_MESSAGE_BYTES[model])
+    steps = [(seconds_per_step(ours, 1), ours.simulated_s(link_s)) for _ in range(3)]
+    return times | {"simulated / measured": [simulated / measured for measured, simulated in steps]}
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -91,5 +98,6 @@ def measure(folder: Path) -> dict[str, Any]:
                 "2 stages / plain": median(ratios(both["plain"], both["two stages"])),
                 "2 stages / 1 stage": median(ratios(both["plain"], both["two stages"])) / one_stage,
                 "2 stages / torch": median(ratios(both["torch"], both["two stages"])),
+                "simulated / measured step": median(both["simulated / measured"]),
             }
     return found

@@ -1,5 +1,6 @@
 """Images: what is read, what comes out, that it repeats, and what is said about sets that are not whole."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 
 from pipetrain.data.images.augment import Augmentation
 from pipetrain.data.images.batches import ImageBatches
+from pipetrain.data.images.read import over_white
 from pipetrain.data.images.sets import KINDS, ImageSet, prepare_images
 from pipetrain.errors import ConfigError, DataError
 from pipetrain.rules.data import AUGMENTATIONS, IMAGE_SETS
@@ -165,11 +167,11 @@ def _modes() -> dict[str, Image.Image]:
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_of_every_mode_become_what_the_model_takes_over_white(mode: str, channels: int, tmp_path: Path) -> None:
-    folder = tmp_path / "photos" / "only"
-    folder.mkdir(parents=True)
     image = _modes()[mode]
     for n in range(3):
-        image.save(folder / f"{n}.png", **({"transparency": 0} if mode == "P" else {}))
+        folder = tmp_path / "photos" / f"class{n}"
+        folder.mkdir(parents=True)
+        image.save(folder / "0.png", **({"transparency": 0} if mode == "P" else {}))
     images = prepared("folder", tmp_path / "photos", tmp_path, size=8, channels=channels, valid_fraction=0.0)
     x, _ = batches(images, batch_size=3, augment=()).batch(0)
     assert x.shape == (3, channels, 8, 8)
@@ -291,3 +293,104 @@ def test_other_augmentations_change_the_image_and_keep_its_shape(name: str) -> N
         made = [augmentation(image) for _ in range(20)]
     assert all(x.shape == image.shape and x.dtype is torch.uint8 for x in made)
     assert sum(not torch.equal(x, image) for x in made) >= 5
+
+
+def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
+    values = np.array([[0, 255, 256, 0x8000], [0xFFFF, 0x1234, 0xFF00, 1]], dtype=np.uint16)
+    for name in ("a.png", "b.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            assert image.mode.startswith("I")
+            assert np.array_equal(np.asarray(over_white(image))[..., 0], values >> 8)
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "photos", {"cat": 3, "dog": 3})
+    Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(root / "cat" / "float.tif")
+    said: list[str] = []
+    images = prepared("folder", root, tmp_path, valid_fraction=0.0, on_error="skip", say=said.append)
+    assert images.skipped == 1
+    assert "floating-point pixels" in said[0]
+    every = batches(prepared("folder", root, tmp_path, valid_fraction=0.0), batch_size=7)
+    with pytest.raises(DataError, match=r"float.tif cannot be read: floating-point pixels"):
+        every.batch(0)
+
+
+def test_what_is_broken_is_found_anew_in_another_folder_and_after_a_repair(tmp_path: Path) -> None:
+    """Files of the same names and sizes: only their places and times differ."""
+    roots = [folder_of(tmp_path / name, {"cat": 3, "dog": 3}) for name in ("good", "bad")]
+    for root in roots:
+        Image.new("RGB", (6, 6)).save(root / "cat" / "1.ppm")
+    broken = roots[1] / "cat" / "1.ppm"
+    whole = broken.read_bytes()
+    broken.write_bytes(bytes(len(whole)))
+
+    def skipped(root: Path) -> int:
+        return prepared("folder", root, tmp_path, valid_fraction=0.0, on_error="skip").skipped
+
+    assert [skipped(root) for root in roots] == [0, 1]
+    assert [skipped(root) for root in roots] == [0, 1]
+    broken.write_bytes(whole)
+    os.utime(broken, ns=(1, 1))
+    assert skipped(roots[1]) == 0
+
+
+def test_links_to_nothing_and_folders_with_the_name_of_an_image_are_no_crash(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "photos", {"cat": 3, "dog": 3})
+    (root / "cat" / "folder.jpg").mkdir()
+    (root / "dog" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    images = prepared("folder", root, tmp_path, valid_fraction=0.0, on_error="skip")
+    assert (images.num_images["train"], images.skipped) == (6, 1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "held", "problem"),
+    [
+        ({"cat": 3}, {"cat": 1}, "holds one class only, cat"),
+        ({"cat": 3, "dog": 3}, {"cat": 1, "dog": 0}, "val has no readable image in dog"),
+    ],
+)
+def test_classes_that_tell_nothing_are_refused(
+    tmp_path: Path, classes: dict[str, int], held: dict[str, int], problem: str
+) -> None:
+    root = folder_of(folder_of(tmp_path / "photos", classes, "train"), held, "val")
+    with pytest.raises(ConfigError, match=problem):
+        prepared("folder", root, tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "photos", {"cat": 3, "dog": 3})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"data.cache_dir=.*file.* cannot be written"):
+        prepared("folder", root, tmp_path / "file")
+
+
+def _idx(array: Any) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def _fashion(root: Path, images: int, labels: int) -> Path:
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train", "t10k"):
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(_idx(np.arange(images * 784).reshape(images, 28, 28) % 251))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(_idx(np.arange(labels) % 10))
+    return root
+
+
+def test_fashion_mnist_is_read_as_its_files_say(tmp_path: Path) -> None:
+    images = prepared("fashion_mnist", _fashion(tmp_path, 12, 12), tmp_path)
+    assert images.num_images == {"train": 12, "valid": 12}
+    x, y = batches(images, split="valid", batch_size=12).batch(0)
+    assert x.shape == (12, 1, 28, 28)
+    assert y.tolist() == [n % 10 for n in range(12)]
+
+
+def test_damaged_fashion_mnist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="12 images and 11 labels"):
+        prepared("fashion_mnist", _fashion(tmp_path / "a", 12, 11), tmp_path)
+    root = _fashion(tmp_path / "b", 12, 12)
+    (root / "FashionMNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"garbage" * 50)
+    with pytest.raises(ConfigError, match="does not hold a whole fashion_mnist"):
+        prepared("fashion_mnist", root, tmp_path)

@@ -179,6 +179,14 @@ def test_drop_path_drops_samples_as_a_whole_and_keeps_the_mean() -> None:
     assert float((out > 0).float().mean()) == pytest.approx(0.8, abs=0.02)
 
 
+def test_the_steps_go_on_where_a_run_goes_on_with_other_micro_batches() -> None:
+    four, two = (KeepProbability(DropPathSchedule(rate=1.0, steps=10, forwards_per_step=n)) for n in (4, 2))
+    for _ in range(4 * 4):
+        four()
+    two.load_state_dict(four.state_dict())
+    assert [round(1 - float(two()), 4) for _ in range(4)] == [0.4, 0.4, 0.5, 0.5]
+
+
 def test_paths_are_dropped_more_often_in_later_cells_and_in_later_steps() -> None:
     """v1 of the source is the part of the steps, v2 that of the depth, v3 their product."""
     whole = DropPathSchedule(rate=0.3, steps=4, forwards_per_step=2)
@@ -186,6 +194,10 @@ def test_paths_are_dropped_more_often_in_later_cells_and_in_later_steps() -> Non
     assert [round(float(middle()), 4) for _ in range(12)] == [
         *(1.0, 1.0, 0.9625, 0.9625, 0.925, 0.925, 0.8875, 0.8875),
         *(0.85, 0.85, 0.85, 0.85),
+    ]
+    thirds = KeepProbability(DropPathSchedule(rate=1.0, steps=1000, forwards_per_step=3))
+    assert [round(1000 * (1 - float(thirds()))) for _ in range(3000)] == [
+        step for step in range(1000) for _ in range(3)
     ]
     assert KeepProbability(DropPathSchedule(0.3, 0, 2))() == 0.7
     assert not list(KeepProbability(DropPathSchedule(0.3, 0, 2)).buffers())

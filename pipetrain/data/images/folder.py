@@ -35,7 +35,8 @@ def list_images(root: Path, valid_fraction: float) -> Listing:
     """Looks at names and sizes of the files, not into them.
 
     Raises:
-        ConfigError: for a folder without classes, an empty class, or a class that only the validation split has.
+        ConfigError: for a folder with less than two classes, an empty class, or a class that only the validation split
+            has.
     """
     if not root.is_dir():
         raise ConfigError(f"data.path={root} is no folder; give one with a folder of images for each class")
@@ -61,7 +62,11 @@ def list_images(root: Path, valid_fraction: float) -> Listing:
                 f"{valid} has folders that {train} has not: {_some(only_there)}; both must have the same classes"
             )
         files["valid"] = _files(root, valid, number)
-    sizes = [(path, (root / path).stat().st_size) for split in files.values() for path, _ in split]
+        there = [name for name in classes if (valid / name).is_dir()]
+        _check_no_class_is_empty(valid, classes, files["valid"], among=there)
+    if len(classes) == 1:
+        raise ConfigError(f"{train} holds one class only, {classes[0]}; there must be two to tell apart")
+    sizes = [(path, _size(root / path)) for split in files.values() for path, _ in split]
     text = json.dumps([classes, files, sizes])
     return Listing(classes, files, hashlib.sha256(text.encode()).hexdigest()[:16])
 
@@ -72,11 +77,13 @@ def without_broken(listing: Listing, root: Path, cache: Path) -> tuple[Listing, 
     Returns:
         The rest, and (file, reason) of each that is left out.
     """
-    kept = cache / "images" / f"broken-{listing.fingerprint}.json"
+    paths = [path for files in listing.files.values() for path, _ in files]
+    changed = [(path, os.stat(root / path).st_mtime_ns if (root / path).exists() else None) for path in paths]
+    seen = hashlib.sha256(json.dumps([str(root), listing.fingerprint, changed]).encode()).hexdigest()[:16]
+    kept = cache / "images" / f"broken-{seen}.json"
     if kept.is_file():
         broken = dict(json.loads(kept.read_text()))
     else:
-        paths = [path for files in listing.files.values() for path, _ in files]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             reasons = pool.map(lambda path: why_unreadable(root / path), paths)
             broken = {path: why for path, why in zip(paths, reasons, strict=True) if why is not None}
@@ -92,6 +99,8 @@ def why_unreadable(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
             image.load()
+            if image.mode == "F":
+                return "floating-point pixels, of which nobody knows what is white; save it with 8 or 16 bits"
     except UnidentifiedImageError:
         return "no image that can be recognised"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -115,10 +124,20 @@ def load(path: Path) -> Listing:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_text(text)
-    os.replace(aside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text)
+        os.replace(aside, path)
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir={path.parent.parent} cannot be written: {error}; give another one"
+        ) from error
+
+
+def _size(path: Path) -> int | None:
+    """None for a link to nothing, which is found broken when it is read."""
+    return path.stat().st_size if path.exists() else None
 
 
 def _folders(path: Path) -> list[str]:
@@ -130,13 +149,15 @@ def _files(root: Path, split: Path, number: dict[str, int]) -> list[File]:
         (str(file.relative_to(root)), place)
         for name, place in number.items()
         for file in sorted((split / name).rglob("*"))
-        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
+        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and not file.is_dir()
     ]
 
 
-def _check_no_class_is_empty(split: Path, classes: Sequence[str], files: Sequence[File]) -> None:
-    filled = {number for _, number in files}
-    empty = [name for place, name in enumerate(classes) if place not in filled]
+def _check_no_class_is_empty(
+    split: Path, classes: Sequence[str], files: Sequence[File], among: Sequence[str] | None = None
+) -> None:
+    filled = {classes[number] for _, number in files}
+    empty = [name for name in (classes if among is None else among) if name not in filled]
     if empty:
         raise ConfigError(
             f"{split} has no readable image in {_some(empty)}; remove the folder or fill it "

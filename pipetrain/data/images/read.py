@@ -65,9 +65,14 @@ def read_small_set(kind: str, root: Path | None, split: str, valid_fraction: flo
     reader = {"fashion_mnist": sets.FashionMNIST, "cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100}[kind]
     try:
         found = reader(str(root), train=split == "train", download=False)
-    except (RuntimeError, ValueError, OSError, EOFError) as error:
-        raise ConfigError(f"data.path={root} does not hold a whole {kind}: {error}") from error
+    except Exception as error:  # torchvision's readers assert, index and unpickle what may be anything
+        why = str(error).replace(" You can use download=True to download it", "") or type(error).__name__
+        raise ConfigError(f"data.path={root} does not hold a whole {kind}: {why}") from error
     pixels = torch.as_tensor(found.data)
+    if len(pixels) != len(found.targets):
+        raise ConfigError(
+            f"data.path={root} does not hold a whole {kind}: {len(pixels)} images and {len(found.targets)} labels"
+        )
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
     return SmallSet(pixels, np.asarray(found.targets, dtype=np.int64), list(found.classes))
 
@@ -101,6 +106,8 @@ class FolderImages:
         try:
             with Image.open(path) as image:
                 image.load()
+                if image.mode == "F":
+                    raise ValueError("floating-point pixels")
                 return image
         except Exception as error:
             why = folder.why_unreadable(path) or str(error)
@@ -109,6 +116,8 @@ class FolderImages:
 
 def over_white(image: Image.Image) -> Image.Image:
     """Red, green and blue; what is transparent lies over white."""
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8).astype(np.uint8))
     if image.mode == "LA":
         grey = Image.new("L", image.size, 255)
         grey.paste(image.getchannel("L"), mask=image.getchannel("A"))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+_ROUNDING = 1e-6  # of a step: three thirds may be less than one
+
 
 @dataclass(frozen=True)
 class DropPathSchedule:
@@ -40,22 +42,22 @@ class DropPath(nn.Module):
 class KeepProbability(nn.Module):
     """The present probability of keeping a path.
 
-    A layer is not told the step, so it counts its own forwards, in a buffer: part of a checkpoint, and the same on any
-    number of stages.
+    A layer is not told the step, so each of its forwards counts for its share of one, in a buffer: part of a
+    checkpoint, the same on any number of stages, and right where a run goes on with other micro-batches.
     """
 
-    forwards: Tensor
+    steps: Tensor
 
     def __init__(self, schedule: DropPathSchedule) -> None:
         super().__init__()
         self._schedule = schedule
         if schedule.steps:
-            self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("steps", torch.zeros((), dtype=torch.float64))
 
     def forward(self) -> Tensor | float:
         rate, steps = self._schedule.rate, self._schedule.steps
         if not steps:
             return 1 - rate
-        step = self.forwards // self._schedule.forwards_per_step
-        self.forwards += 1
+        step = (self.steps + _ROUNDING).floor()
+        self.steps += 1 / self._schedule.forwards_per_step
         return 1 - rate * (step / steps).clamp(max=1)
