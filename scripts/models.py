@@ -86,7 +86,7 @@ def pipelined(name: str, balance: Sequence[int], dtype: torch.dtype) -> tuple[fl
     recipe = recipe_of(name)
     images, classes = data(name, dtype)
     dataflow = dataflow_of(recipe, balance)
-    schedule = build("gpipe", len(balance), MICRO_BATCHES, recompute=True, skips=dataflow.skips())
+    schedule = build("gpipe", len(balance), MICRO_BATCHES, recompute="always", skips=dataflow.skips())
     ties = [Tie(tuple(uses)) for uses in stages_of_ties(recipe, balance)]
 
     def rank_main(transport: LocalTransport) -> tuple[float, dict[str, Tensor]]:

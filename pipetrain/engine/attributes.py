@@ -26,6 +26,8 @@ class OwnAttributes:
     looked at.
     """
 
+    is_for_recompute_only = True
+
     def __init__(self, module: nn.Module) -> None:
         self._parts = [part for part in module.modules() if not type(part).__module__.startswith("torch.nn.")]
 

@@ -20,6 +20,8 @@ SavedBuffers = list[tuple[nn.Module, str, Tensor]]
 class OwnBuffers:
     """The buffers of one layer that its forward changes."""
 
+    is_for_recompute_only = False
+
     def __init__(self, module: nn.Module) -> None:
         self._places = [
             (part, name) for part in module.modules() for name, buffer in part._buffers.items() if buffer is not None

@@ -8,6 +8,7 @@ process that dies closes its sockets, which its peers notice at once; the memory
 import datetime
 import mmap
 import os
+import resource
 import socket
 import struct
 import sys
@@ -32,10 +33,15 @@ _TOLD, _SUMMED = 1 << 40, 1 << 41  # above every tag of a tensor: small messages
 
 
 def machine() -> str:
-    """The same text for processes that can share memory and sockets; nothing where the system cannot."""
+    """The same text for processes that can share memory and sockets; nothing for one that cannot.
+
+    (A limit to the size of files is one to that of shared memory.)
+    """
+    if sys.platform != "linux" or resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+        return ""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/net')}" if sys.platform == "linux" else ""
+        return f"{boot} {os.readlink('/proc/self/ns/net')}"
     except OSError:
         return ""
 

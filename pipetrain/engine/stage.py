@@ -261,10 +261,11 @@ class Stage:
                 self.random.before(layer.name, self.step, microbatch)
                 wired = self.wiring.inputs(key, number)
                 taken = [values[value] for value in wired.values]
-                if is_recomputed and not keep_graph:
+                is_run_again = is_recomputed and not keep_graph
+                if is_run_again:
                     kept = zip(wired.values, taken, strict=True)
                     state.inputs.update((value, x) for value, x in kept if value[0] not in self._recomputed)
-                with self._own_state(layer, number, state, again):
+                with self._own_state(layer, number, state, again, is_run_again):
                     if with_graph:
                         leaves, spec, graph = layer.forward_with_graph(taken, wired.arrange, wired.needs_grad)
                         if keep_graph or not is_recomputed:
@@ -281,12 +282,17 @@ class Stage:
                     look(number - self._first, leaves)
         return values
 
-    def _own_state(self, layer: Layer, number: int, state: _InFlight, again: bool) -> AbstractContextManager[object]:
+    def _own_state(
+        self, layer: Layer, number: int, state: _InFlight, again: bool, is_run_again: bool
+    ) -> AbstractContextManager[object]:
         stack = ExitStack()
         if layer.module.training:
             kept = state.own.setdefault(number, [[] for _ in layer.own_state])
             for own, saved in zip(layer.own_state, kept, strict=True):
-                stack.enter_context(own.rewound(saved) if again else own.renewed(saved))
+                if again:
+                    stack.enter_context(own.rewound(saved))
+                elif is_run_again or not own.is_for_recompute_only:
+                    stack.enter_context(own.renewed(saved))
         return stack
 
     def _check_output(
