@@ -1,7 +1,7 @@
 """From checked settings to running processes: local workers, or one rank of a torchrun job. The first failure wins.
 
-Local workers are started by torch's elastic agent from a fork server that has torch loaded already. They meet through
-a file in the run folder, so there is no port to collide on and nothing listens but gloo's own loopback pairs.
+Local workers are started from a fork server that has torch loaded already. They meet through a file in the run folder,
+so there is no port to collide on and nothing listens but gloo's own loopback pairs.
 """
 
 import contextlib

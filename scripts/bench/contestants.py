@@ -80,13 +80,13 @@ class _Of(nn.Module):
 
 
 class _Chain(nn.Sequential):
-    """Takes a tuple as torch hands it from stage to stage: as so many arguments."""
+    """Takes a tuple as torch hands it from stage to stage, as so many arguments, and gives what gloo can send."""
 
     def forward(self, *values: Any) -> Any:
         value = values[0] if len(values) == 1 else values
         for module in self:
             value = module(value)
-        return value
+        return tuple(x.contiguous() for x in value) if isinstance(value, tuple) else value.contiguous()
 
 
 def schedule_of(name: str, world: int, work: Work, recompute: str = "never") -> Schedule:

@@ -1,6 +1,7 @@
 """Peak memory of a step: bytes of the tensors that live at once, as torch's allocator counts them.
 
-What lived before the step (weights, optimizer) is not part of it; gradients are.
+What lived before the step (weights, optimizer) is not part of it; gradients are. torchgpipe is not among them: it
+allocates in threads of its own, and the allocator counts for the thread that asks.
 """
 
 import json
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import Pipetrain, Work, of_torch, on_rank_0, torchgpipe
+from contestants import Pipetrain, Work, of_torch
 from measure import Step, cell, in_processes
 from real import work_of
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipetrain.models import LayerRecipe, Recipe
 
-POLICIES = ("never", "except_last", "always")  # the same words in torchgpipe
+POLICIES = ("never", "except_last", "always")
 SAMPLES, WIDTH, LAYERS = 256, 256, 16  # of the sweep
 SWEEP = [(k, m) for k in (1, 2, 4) for m in (1, 2, 4, 8, 16, 32)]
 
@@ -44,17 +45,14 @@ def on_all_ranks(value: int) -> list[int]:
 
 def _policies_rank(model: str) -> dict[str, Any]:
     work = work_of(model, 2)
-    found: dict[str, Any] = {"pipetrain": {}, "torchgpipe": {}}
+    found: dict[str, Any] = {"pipetrain": {}}
     for policy in POLICIES:
         found["pipetrain"][policy] = on_all_ranks(peak_bytes(Pipetrain("gpipe_lifo", work, policy)))
-        theirs = on_rank_0(torchgpipe(work, policy) if dist.get_rank() == 0 else None)
-        found["torchgpipe"][policy] = on_all_ranks(peak_bytes(theirs) if dist.get_rank() == 0 else 0)[0]
-        dist.barrier()
     for name in ("gpipe", "1f1b"):
         found[f"pipetrain {name}"] = on_all_ranks(peak_bytes(Pipetrain(name, work, "never")))
-        theirs_too = of_torch(name, work)
-        assert theirs_too is not None
-        found[f"torch {name}"] = on_all_ranks(peak_bytes(theirs_too))
+        theirs = of_torch(name, work)
+        assert theirs is not None
+        found[f"torch {name}"] = on_all_ranks(peak_bytes(theirs))
     return found
 
 

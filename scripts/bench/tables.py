@@ -64,9 +64,8 @@ def show_memory(found: dict[str, Any]) -> str:
     rows = []
     for model in ("transformer", "amoebanet"):
         for policy, stages in found[model]["pipetrain"].items():
-            theirs = found[model]["torchgpipe"][policy]
             each = ", ".join(map(mib, stages))
-            rows.append([model, f"gpipe, {policy}", each, mib(sum(stages)), f"torchgpipe {mib(theirs)}"])
+            rows.append([model, f"gpipe_lifo, {policy}", each, mib(sum(stages)), ""])
         for name in ("gpipe", "1f1b"):
             ours, theirs = found[model][f"pipetrain {name}"], found[model][f"torch {name}"]
             each = ", ".join(map(mib, theirs))
