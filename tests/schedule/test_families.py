@@ -24,7 +24,8 @@ def makespan(schedule: Schedule) -> float:
 @pytest.mark.parametrize("recompute", ["always", "except_last", "never"])
 @pytest.mark.parametrize(("name", "stages_per_rank"), ALL)
 def test_every_small_schedule_verifies(name: str, stages_per_rank: int, recompute: str) -> None:
-    for num_ranks, num_microbatches in SIZES:
+    # Fewer recomputes leave out actions of a schedule that was verified: a look at some sizes is enough.
+    for num_ranks, num_microbatches in SIZES if recompute == "always" else SIZES[::7]:
         schedule = build(name, num_ranks, num_microbatches, stages_per_rank=stages_per_rank, recompute=recompute)
         assert schedule.num_stages == num_ranks * stages_per_rank
         assert schedule.num_ranks == num_ranks
