@@ -20,7 +20,7 @@ class Stem(nn.Module):
     """A 3x3 convolution of the image: [B, C, H, W] -> the first state, twice, as there is none before it.
 
     All states lie in memory with the channels last, because this one does: on a CPU, maxima of windows then take a
-    fifth of the time and a whole network half; it is also what a GPU's tensor cores want.
+    fraction of the time (docs/benchmarks.md); it is also what a GPU's tensor cores want.
     """
 
     def __init__(self, channels: int, filters: int, stride: int, norm: Norm) -> None:
