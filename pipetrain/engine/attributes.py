@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from pipetrain.engine.known import is_torchs_own
+
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _CONTAINERS = (list, dict, set, deque)
 _MISSING = object()
@@ -29,7 +31,7 @@ class OwnAttributes:
     is_for_recompute_only = True
 
     def __init__(self, module: nn.Module) -> None:
-        self._parts = [part for part in module.modules() if not type(part).__module__.startswith("torch.nn.")]
+        self._parts = [part for part in module.modules() if not is_torchs_own(part)]
 
     def __bool__(self) -> bool:
         """Whether there may be any."""

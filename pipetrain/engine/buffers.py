@@ -22,7 +22,12 @@ class OwnBuffers:
 
     is_for_recompute_only = False
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, is_known: bool = False) -> None:
+        """
+        Args:
+            is_known: that all forwards change the same ones (see `known`).
+        """
+        self._is_known = is_known
         self._places = [
             (part, name) for part in module.modules() for name, buffer in part._buffers.items() if buffer is not None
         ]
@@ -36,7 +41,7 @@ class OwnBuffers:
     @contextmanager
     def renewed(self, saved: SavedBuffers) -> Iterator[None]:
         """For a forward: it writes into new buffers, which then stay; the old ones go into `saved`."""
-        others = [(part, name, _get(part, name), _get(part, name)._version) for part, name in self._constant]
+        constant = self._constant_now()
         old = [(part, name, _get(part, name)) for part, name in self._places]
         new = [_put(part, name, buffer.clone()) for part, name, buffer in old]
         versions = [buffer._version for buffer in new]
@@ -52,15 +57,20 @@ class OwnBuffers:
                     _put(part, name, buffer)
             old = [place for place, changed in zip(old, is_changed, strict=True) if changed]
             changing = [(part, name) for part, name, _ in old]
-            self._constant = [place for place in self._places if place not in changing]
+            self._constant = [] if self._is_known else [place for place in self._places if place not in changing]
             self._places = changing
-        for part, name, buffer, version in others:
-            if part._buffers[name] is not buffer or buffer._version != version:
+        for (part, name), before, after in zip(self._constant, constant, self._constant_now(), strict=False):
+            if before != after:
                 raise LayerError(
                     f"buffer {name} of a {type(part).__name__} changed, which it did not do in the first forward: what "
                     "a recompute must start from is not known any more; change it in every forward, or never"
                 )
         saved += old
+
+    def _constant_now(self) -> list[tuple[int, int]]:
+        """Which tensor each of the constant buffers is, and in which version."""
+        buffers = [part._buffers[name] for part, name in self._constant]
+        return [(id(buffer), buffer._version) for buffer in buffers]  # type: ignore[union-attr]
 
     @contextmanager
     def rewound(self, saved: SavedBuffers) -> Iterator[None]:

@@ -4,10 +4,11 @@ Every layer has an autograd graph of its own, on one stage as on many: its input
 and the engine carries the gradients across. What happens at a border is therefore the same code whether or not the
 border is also one between two stages, and that is why the numbers do not depend on the cut:
 
-    inputs --detach--> leaves --module--> outputs
-    leaves.grad <------ autograd.backward(outputs, gradients)
+    inputs --entrance--> inputs of the module --module--> outputs
+    gradients <-- entrance <-- autograd.backward(outputs, gradients)
 
-Values and gradients keep their strides from layer to layer, also where they travel.
+An entrance has no memory of the value that went in, as a leaf would: a value lives on for the backward only where the
+module's own graph needs it. Values and gradients keep their strides from layer to layer, also where they travel.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,18 +22,47 @@ from torch.utils._pytree import TreeSpec
 from pipetrain.engine.attributes import OwnAttributes
 from pipetrain.engine.buffers import OwnBuffers
 from pipetrain.engine.halves import backward_input
-from pipetrain.engine.structure import aligned, flatten, without_gaps
+from pipetrain.engine.known import runs_known_code_only
+from pipetrain.engine.structure import flatten, without_gaps
 from pipetrain.errors import LayerError
 
 # Makes a module's positional arguments of its inputs, a flat list in which each value is once.
 Arrange = Callable[[Sequence[Any]], Sequence[Any]]
 
 
-class LayerGraph:
-    """What backward needs of one forward of one layer. The outputs' memory is not part of it."""
+class _Entrance(torch.autograd.Function):
+    """Where a value enters a layer, and its gradient comes out: into a list, at a place."""
 
-    def __init__(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        self._inputs = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, x: Tensor, gradients: list[Tensor | None], place: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.stride, ctx.gradients, ctx.place = x.stride(), gradients, place
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor | None) -> tuple[None, None, None, None]:
+        (found,) = gradient
+        if found is not None:
+            found = without_gaps(found.detach())
+            same = (
+                found if found.stride() == ctx.stride else found.new_empty_strided(found.shape, ctx.stride).copy_(found)
+            )
+            ctx.gradients[ctx.place] = same
+        return None, None, None, None
+
+
+_START = torch.zeros((), requires_grad=True)  # a graph ends in a leaf; this one never gets a gradient
+
+
+class LayerGraph:
+    """What backward needs of one forward of one layer. The memory of inputs and outputs is not part of it."""
+
+    def __init__(self, gradients: list[Tensor | None], outputs: Sequence[Any]) -> None:
+        """
+        Args:
+            gradients: of the inputs that want one, in which the entrances will put them.
+        """
+        self._gradients = gradients
         self._edges: dict[int, GradientEdge] = {
             place: get_gradient_edge(out)
             for place, out in enumerate(outputs)
@@ -59,11 +89,11 @@ class LayerGraph:
         if wanted:
             edges, theirs = [self._edges[place] for place in wanted], [gradients[place] for place in wanted]
             if split:
-                self._other_half = backward_input(edges, theirs, self._inputs)
+                self._other_half = backward_input(edges, theirs, [_START] if self._gradients else [])
             else:
                 torch.autograd.backward(edges, theirs)
-        self._edges = {}
-        return [None if x.grad is None else aligned(x.grad) for x in self._inputs]
+        found, self._gradients, self._edges = self._gradients.copy(), [], {}
+        return found
 
     def backward_weight(self) -> None:
         """Adds to the `.grad` of the layer's parameters, after a `backward` that was split."""
@@ -90,7 +120,10 @@ class Layer:
         """
         self.name = name
         self.module = module
-        self.own_state = [own for own in (OwnBuffers(module), OwnAttributes(module)) if own]
+        self.is_known = runs_known_code_only(module)
+        self.own_state: list[OwnBuffers | OwnAttributes] = [OwnBuffers(module, is_known=self.is_known)]
+        if not self.is_known:
+            self.own_state.append(OwnAttributes(module))
         self._changed_inputs: dict[bool, frozenset[int]] = {}  # by place, in training and in evaluation
         self._prefix = prefix
 
@@ -116,26 +149,32 @@ class Layer:
         self, inputs: Sequence[Any], arrange: Arrange, needs_grad: Sequence[bool]
     ) -> tuple[list[Any], TreeSpec, LayerGraph]:
         """Runs the module and keeps its graph; the returned outputs are cut off from it."""
-        leaves = [
-            x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
-            for x, need in zip(inputs, needs_grad, strict=True)
-        ]
+        gradients: list[Tensor | None] = []
+        entered: list[Any] = []
         with torch.enable_grad():
-            outputs, spec = self._run(leaves, arrange)
-        graph = LayerGraph(leaves, outputs)
+            for x, need in zip(inputs, needs_grad, strict=True):
+                if need:
+                    x = _Entrance.apply(_START, x, gradients, len(gradients))  # type: ignore[no-untyped-call]
+                    gradients.append(None)
+                elif isinstance(x, Tensor):
+                    x = x.detach()
+                entered.append(x)
+            outputs, spec = self._run(entered, arrange)
+        graph = LayerGraph(gradients, outputs)
         return [out.detach() if isinstance(out, Tensor) else out for out in outputs], spec, graph
 
     def _run(self, inputs: Sequence[Any], arrange: Arrange) -> tuple[list[Any], TreeSpec]:
-        originals, copied = inputs, range(len(inputs)) if self.changed_inputs is None else self.changed_inputs
+        known = self.changed_inputs
+        originals, copied = inputs, range(len(inputs)) if known is None else known
         if copied:
             inputs = [x.clone() if p in copied and isinstance(x, Tensor) else x for p, x in enumerate(inputs)]
         tensors = [(place, x, x._version) for place, x in enumerate(inputs) if isinstance(x, Tensor)]
         leaves, spec = flatten(self.module(*arrange(inputs)))
         changed = frozenset(place for place, x, version in tensors if x._version != version)
-        if self.changed_inputs is None:
+        if known is None:
             # Changes through `.data` leave no version behind, but here there are copies to compare.
             changed |= {place for place, x, _ in tensors if not torch.equal(x, originals[place])}
             self._changed_inputs[self.module.training] = changed
-        elif not changed <= self.changed_inputs:
+        elif not changed <= known:
             raise LayerError(f"layer {self.name} changed an input in place, which it did not do the first time")
         return [without_gaps(x) if isinstance(x, Tensor) else x for x in leaves], spec

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from pipetrain.engine.known import is_torchs_own, runs_known_code_only
 from pipetrain.errors import LayerError
 from pipetrain.seeds import derive_seed, name_of_call, pythons_generators_preserved, seed_pythons_generators
 
@@ -49,7 +50,7 @@ class LayerRandomness:
                 self._watch_one(part, full_name(local))
 
     def _watch_one(self, part: nn.Module, name: str) -> None:
-        is_torchs_own = _is_torchs_own(part)
+        torch_only = runs_known_code_only(part)
 
         def seed(module: nn.Module, args: object) -> None:
             if module.training:
@@ -62,16 +63,20 @@ class LayerRandomness:
                         "repeated; leave the checkpoint out and use recompute=always, or give each call a module"
                     )
                 step, microbatch = self._now
-                self._seed_with(derive_seed(self._seed, step, name_of_call(name, call), microbatch), is_torchs_own)
+                self._seed_with(derive_seed(self._seed, step, name_of_call(name, call), microbatch), torch_only)
 
         part.register_forward_pre_hook(seed)
 
-    def before(self, layer: str, step: int, microbatch: int) -> None:
-        """Makes the next draws those of this layer, step and micro-batch."""
+    def before(self, layer: str, step: int, microbatch: int, *, torch_only: bool = False) -> None:
+        """Makes the next draws those of this layer, step and micro-batch.
+
+        Args:
+            torch_only: where nothing draws from Python's generators.
+        """
         self._now = (step, microbatch)
         self._calls.clear()
         self._in_backward = False
-        self._seed_with(derive_seed(self._seed, step, layer, microbatch), torch_only=False)
+        self._seed_with(derive_seed(self._seed, step, layer, microbatch), torch_only)
 
     def _seed_with(self, number: int, torch_only: bool) -> None:
         self._generator.manual_seed(number)
@@ -99,8 +104,4 @@ def _may_draw(part: nn.Module) -> bool:
     """torch's own modules are known; of others, those without parts: whatever they do, they do themselves."""
     if isinstance(part, _DRAWING):
         return True
-    return not _is_torchs_own(part) and next(part.children(), None) is None
-
-
-def _is_torchs_own(part: nn.Module) -> bool:
-    return type(part).__module__.startswith("torch.nn.")
+    return not is_torchs_own(part) and next(part.children(), None) is None

@@ -21,6 +21,8 @@ from pipetrain.engine.wiring import Inputs, Wiring
 from pipetrain.errors import LayerError
 from pipetrain.schedule import Dataflow
 
+_NOTHING = nullcontext()
+
 
 @dataclass
 class _InFlight:
@@ -29,7 +31,7 @@ class _InFlight:
     key: int
     targets: Tensors
     inputs: Values = field(default_factory=dict)
-    own: dict[int, list[list[Any]]] = field(default_factory=dict)  # what each layer changed in itself, as it was
+    own: dict[tuple[int, int], list[Any]] = field(default_factory=dict)  # what layers changed in themselves, as it was
     graphs: dict[int, tuple[Inputs, LayerGraph]] = field(default_factory=dict)  # by layer
     dead_ends: list[int] = field(default_factory=list)  # layers that get gradients and cannot pass them on
 
@@ -258,7 +260,7 @@ class Stage:
                 is_recomputed = number in self._recomputed
                 if again and not is_recomputed:
                     continue
-                self.random.before(layer.name, self.step, microbatch)
+                self.random.before(layer.name, self.step, microbatch, torch_only=layer.is_known)
                 wired = self.wiring.inputs(key, number)
                 taken = [values[value] for value in wired.values]
                 is_run_again = is_recomputed and not keep_graph
@@ -285,14 +287,19 @@ class Stage:
     def _own_state(
         self, layer: Layer, number: int, state: _InFlight, again: bool, is_run_again: bool
     ) -> AbstractContextManager[object]:
+        """What a layer changes in itself in training is kept in the forward, and put back for the recompute."""
+        contexts: list[AbstractContextManager[None]] = []
+        for place, own in enumerate(layer.own_state if layer.module.training else ()):
+            if again:
+                if saved := state.own.get((number, place)):
+                    contexts.append(own.rewound(saved))
+            elif own and (is_run_again or not own.is_for_recompute_only):
+                contexts.append(own.renewed(state.own.setdefault((number, place), [])))
+        if not contexts:
+            return _NOTHING
         stack = ExitStack()
-        if layer.module.training:
-            kept = state.own.setdefault(number, [[] for _ in layer.own_state])
-            for own, saved in zip(layer.own_state, kept, strict=True):
-                if again:
-                    stack.enter_context(own.rewound(saved))
-                elif is_run_again or not own.is_for_recompute_only:
-                    stack.enter_context(own.renewed(saved))
+        for context in contexts:
+            stack.enter_context(context)
         return stack
 
     def _check_output(

@@ -157,7 +157,7 @@ def of_torch(name: str, work: Work) -> Step | None:
     return step
 
 
-def torchgpipe(work: Work, checkpoint: str = "never") -> Step:
+def torchgpipe_step(work: Work, checkpoint: str = "never") -> Step:
     """In this process: a thread for each partition."""
     model = GPipe(
         nn.Sequential(*work.modules()),

@@ -1,12 +1,14 @@
 """Emulated devices: layers that take a set time and no CPU, so that more of them than cores can be measured."""
 
+import ctypes
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import Pipetrain, Work, of_torch, on_rank_0, schedule_of, torchgpipe
+from contestants import Pipetrain, Work, of_torch, on_rank_0, schedule_of, torchgpipe_step
 from measure import cell, in_processes, in_turns, median, message_s, ratios
 from torch import Tensor, nn
 
@@ -23,35 +25,42 @@ MESSAGE_BYTES = 64 * 1024
 STEPS = 3
 MOST_FOR_TORCHGPIPE = 4  # it has one thread for each device, and here all are the CPU: it takes K times as long
 WANTED = {2: 0.95, 4: 0.95, 8: 0.92, 16: 0.88}  # gpipe's share of (M + K - 1)(F + B)
-_AWAKE_S = 0.0005  # before its end a sleep is waited out awake: it would end up to half a millisecond late
+_AWAKE_S = 0.0002  # before its end a sleep is waited out awake, since it would end up to so much late
+_PR_SET_TIMERSLACK = 29
 
 
-def device_works_for(seconds: float) -> None:
-    """Sleeps."""
-    until = time.perf_counter() + seconds
-    if seconds > _AWAKE_S:
-        time.sleep(seconds - _AWAKE_S)
-    while time.perf_counter() < until:
+def device_works_until(second: float) -> None:
+    """Sleeps until `time.perf_counter()` says so."""
+    if (left := second - _AWAKE_S - time.perf_counter()) > 0:
+        time.sleep(left)
+    while time.perf_counter() < second:
         pass
 
 
+def wake_punctually() -> None:
+    """This process's sleeps end within 0.1 ms (Linux): what is waited out awake takes a core from other ranks."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
 class _Input(torch.autograd.Function):
-    """The way from input to output: the forward, and the first half of the backward."""
+    """The way from input to output, whose backward is the first half."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward_s: float, backward_s: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, backward_s: float) -> Tensor:
         ctx.backward_s = backward_s
-        device_works_for(forward_s)
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        device_works_for(ctx.backward_s)
-        return gradients[0].contiguous(), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        end_s = time.perf_counter() + ctx.backward_s
+        gradient = gradients[0].contiguous()
+        device_works_until(end_s)
+        return gradient, None
 
 
 class _Weight(torch.autograd.Function):
-    """The way from weight to output: the second half of the backward."""
+    """The way from weight to output, whose backward is the second half."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, backward_s: float) -> Tensor:
@@ -60,12 +69,12 @@ class _Weight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        device_works_for(ctx.backward_s)
+        device_works_until(time.perf_counter() + ctx.backward_s)
         return gradients[0], None
 
 
 class SleepingLayer(nn.Module):
-    """[B, n] -> [B, n]."""
+    """[B, n] -> [B, n]. What it computes is part of its time."""
 
     def __init__(self, forward_s: float, input_s: float, weight_s: float) -> None:
         super().__init__()
@@ -74,7 +83,9 @@ class SleepingLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         forward_s, input_s, weight_s = self.seconds
-        out: Tensor = _Input.apply(x, forward_s, input_s) + _Weight.apply(self.weight, weight_s)  # type: ignore
+        end_s = time.perf_counter() + forward_s
+        out: Tensor = _Input.apply(x, input_s) + _Weight.apply(self.weight, weight_s)  # type: ignore
+        device_works_until(end_s)
         return out
 
 
@@ -92,6 +103,7 @@ def sleeping_work(num_stages: int, num_microbatches: int, seconds: tuple[float, 
 
 
 def _rank(name: str, num_microbatches: int, times_slower: float) -> dict[str, Any]:
+    wake_punctually()
     world = dist.get_world_size()
     per_rank = SCHEDULES[name].usual
     seconds = tuple(s * times_slower for s in (FORWARD_S, INPUT_S, WEIGHT_S))
@@ -100,7 +112,7 @@ def _rank(name: str, num_microbatches: int, times_slower: float) -> dict[str, An
     if (theirs := of_torch(name, work)) is not None:
         contestants["torch"] = theirs
     if name == "gpipe" and world <= MOST_FOR_TORCHGPIPE:
-        contestants["torchgpipe"] = on_rank_0(torchgpipe(work) if dist.get_rank() == 0 else None)
+        contestants["torchgpipe"] = on_rank_0(torchgpipe_step(work) if dist.get_rank() == 0 else None)
     link_s = message_s(MESSAGE_BYTES)
     return {"seconds": in_turns(contestants, STEPS), "link_s": link_s}
 

@@ -1,17 +1,21 @@
 """Peak memory of a step: bytes of the tensors that live at once, as torch's allocator counts them.
 
-What lived before the step (weights, optimizer) is not part of it; gradients are. torchgpipe is not among them: it
-allocates in threads of its own, and the allocator counts for the thread that asks.
+What lived before the step (weights, optimizer) is not part of it; gradients are. The allocator counts for the thread
+that asks, so torchgpipe's tasks run in that thread here, in the order in which its own threads would get them.
 """
 
 import json
 import tempfile
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import Pipetrain, Work, of_torch
+import torchgpipe.pipeline
+from contestants import Pipetrain, Work, of_torch, torchgpipe_step
 from measure import Step, cell, in_processes
 from real import work_of
 from torch import Tensor, nn
@@ -36,6 +40,31 @@ def peak_bytes(step: Step) -> int:
     return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
 
 
+class _InThisThread:
+    """A queue of torchgpipe's for tasks and the one for their results."""
+
+    def __init__(self) -> None:
+        self._results: deque[Any] = deque()
+
+    def put(self, task: Any) -> None:
+        self._results.append((True, (task, task.compute())))
+
+    def get(self) -> Any:
+        return self._results.popleft()
+
+
+@contextmanager
+def _no_workers(devices: list[torch.device]) -> Iterator[tuple[list[_InThisThread], list[_InThisThread]]]:
+    queues = [_InThisThread() for _ in devices]
+    yield queues, queues
+
+
+def _peak_of_torchgpipe(work: Work, policy: str) -> int:
+    """Of all its partitions together: they are one process."""
+    torchgpipe.pipeline.spawn_workers = _no_workers
+    return peak_bytes(torchgpipe_step(work, policy))
+
+
 def on_all_ranks(value: int) -> list[int]:
     values = torch.zeros(dist.get_world_size(), dtype=torch.float64)
     values[dist.get_rank()] = value
@@ -43,17 +72,22 @@ def on_all_ranks(value: int) -> list[int]:
     return [int(v) for v in values]
 
 
-def _policies_rank(model: str) -> dict[str, Any]:
+# (engine, schedule, recompute policy). torchgpipe's backward takes the micro-batches last in, first out.
+MEASURED = [
+    *(("pipetrain", "gpipe_lifo", policy) for policy in POLICIES),
+    *(("torchgpipe", "gpipe_lifo", policy) for policy in POLICIES),
+    *((engine, schedule, "never") for schedule in ("gpipe", "1f1b") for engine in ("pipetrain", "torch")),
+]
+
+
+def _rank(model: str, engine: str, schedule: str, policy: str) -> list[int]:
+    """A process of its own for each: what one leaves behind, the allocator's count would take for the next one's."""
     work = work_of(model, 2)
-    found: dict[str, Any] = {"pipetrain": {}}
-    for policy in POLICIES:
-        found["pipetrain"][policy] = on_all_ranks(peak_bytes(Pipetrain("gpipe_lifo", work, policy)))
-    for name in ("gpipe", "1f1b"):
-        found[f"pipetrain {name}"] = on_all_ranks(peak_bytes(Pipetrain(name, work, "never")))
-        theirs = of_torch(name, work)
-        assert theirs is not None
-        found[f"torch {name}"] = on_all_ranks(peak_bytes(theirs))
-    return found
+    if engine == "torchgpipe":
+        return [_peak_of_torchgpipe(work, policy) if dist.get_rank() == 0 else 0]
+    step = Pipetrain(schedule, work, policy) if engine == "pipetrain" else of_torch(schedule, work)
+    assert step is not None
+    return on_all_ranks(peak_bytes(step))
 
 
 class _Block(nn.Module):
@@ -83,11 +117,19 @@ def _sweep_rank(num_microbatches: int) -> list[int]:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Peaks by policy and engine, and GPipe's as K and M grow."""
-    found: dict[str, Any] = {
-        model: cell(folder / "memory", model, lambda m=model: in_processes(2, _policies_rank, m))  # type: ignore
-        for model in ("transformer", "amoebanet")
-    }
+    """Peaks by model, engine, schedule and policy, and GPipe's as K and M grow."""
+
+    def peaks(model: str) -> dict[str, list[int]]:
+        return {
+            " ".join(each): cell(
+                folder / "memory",
+                "_".join((model, *each)),
+                lambda each=each: in_processes(2, _rank, model, *each),  # type: ignore
+            )
+            for each in MEASURED
+        }
+
+    found: dict[str, Any] = {model: peaks(model) for model in ("transformer", "amoebanet")}
     found["sweep"] = {
         f"K{k}_M{m}": cell(folder / "memory", f"sweep_K{k}_M{m}", lambda k=k, m=m: in_processes(k, _sweep_rank, m))  # type: ignore
         for k, m in SWEEP

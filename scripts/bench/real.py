@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import Pipetrain, Work, of_torch, on_rank_0, plain, torchgpipe
+from contestants import Pipetrain, Work, of_torch, on_rank_0, plain, torchgpipe_step
 from measure import cell, in_processes, in_turns, median, message_s, ratios, seconds_per_step
 
 from pipetrain.config import TextConfig, TransformerConfig
@@ -61,7 +61,7 @@ def work_of(model: str, num_stages: int) -> Work:
 
 def _one_process(model: str) -> dict[str, list[float]]:
     work, two = work_of(model, 1), work_of(model, 2)
-    contestants = {"plain": plain(work), "one stage": Pipetrain("gpipe", work), "torchgpipe": torchgpipe(two)}
+    contestants = {"plain": plain(work), "one stage": Pipetrain("gpipe", work), "torchgpipe": torchgpipe_step(two)}
     return in_turns(contestants, STEPS[model])
 
 

@@ -61,24 +61,12 @@ def show_memory(found: dict[str, Any]) -> str:
     def mib(num_bytes: float) -> str:
         return f"{num_bytes / 2**20:.1f}"
 
-    rows = []
-    for model in ("transformer", "amoebanet"):
-        for policy, stages in found[model]["pipetrain"].items():
-            each = ", ".join(map(mib, stages))
-            rows.append([model, f"gpipe_lifo, {policy}", each, mib(sum(stages)), ""])
-        for name in ("gpipe", "1f1b"):
-            ours, theirs = found[model][f"pipetrain {name}"], found[model][f"torch {name}"]
-            each = ", ".join(map(mib, theirs))
-            rows.append(
-                [
-                    model,
-                    f"{name}, never",
-                    ", ".join(map(mib, ours)),
-                    mib(sum(ours)),
-                    f"torch {each}: {mib(sum(theirs))}",
-                ]
-            )
-    text = table(["model", "policy", "MiB on each stage", "together", "peer"], rows)
+    rows = [
+        [model, each, ", ".join(map(mib, stages)), mib(sum(stages))]
+        for model in ("transformer", "amoebanet")
+        for each, stages in sorted(found[model].items(), key=lambda item: item[0].split()[1:])
+    ]
+    text = table(["model", "engine, schedule, recompute", "MiB in each process", "together"], rows)
     ks = sorted({key.split("_")[0] for key in found["sweep"]})
     ms = sorted({int(key.split("_M")[1]) for key in found["sweep"]})
     sweep = [[k, *(mib(max(found["sweep"][f"{k}_M{m}"])) for m in ms)] for k in ks]

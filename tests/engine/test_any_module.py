@@ -14,6 +14,7 @@ from pipeline import Result, train
 from reference import plain_step
 from torch import Tensor, nn
 
+from pipetrain.engine.batchnorm import MiniBatchStatistics
 from pipetrain.errors import ConfigError, LayerError
 from pipetrain.models import BATCH, LayerRecipe, Recipe, Value
 
@@ -343,6 +344,18 @@ def test_batch_norm_statistics_are_those_of_the_whole_mini_batch() -> None:
     assert torch.allclose(mean, 0.1 * x.double().mean(0), rtol=1e-12)
     assert torch.allclose(variance, 0.9 + 0.1 * x.double().var(0, unbiased=True), rtol=1e-12)
     assert got.buffers["layer0.num_batches_tracked"] == 1
+
+
+def test_a_second_pipeline_of_the_same_batch_norm_counts_for_itself() -> None:
+    norm = nn.BatchNorm1d(D).double()
+    first, second = MiniBatchStatistics("norm", norm), MiniBatchStatistics("norm", norm)
+    x = torch.randn(6, D, dtype=torch.float64)
+    second.microbatch = 0
+    norm(x)
+    first.update()
+    assert norm.num_batches_tracked == 0
+    second.update()
+    assert torch.allclose(norm.running_mean, 0.1 * x.mean(0), rtol=1e-12)
 
 
 def test_sync_batch_norm_is_refused() -> None:

@@ -1,5 +1,6 @@
 """The small parts of the engine, each for what it promises."""
 
+import gc
 import random as python_random
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 from pipeline import CPU, build_runtime
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pipetrain import schedule
+from pipetrain.config import AmoebaNetConfig
+from pipetrain.engine.known import runs_known_code_only
 from pipetrain.engine.layer import Layer
 from pipetrain.engine.local import LocalTransport, run_ranks
 from pipetrain.engine.message import Layout, Wire
@@ -28,7 +32,7 @@ from pipetrain.engine.structure import (
     without_gaps,
 )
 from pipetrain.errors import LayerError, StageFailed
-from pipetrain.models import LayerRecipe, Recipe
+from pipetrain.models import LayerRecipe, Recipe, build
 from pipetrain.schedule import Dataflow, Take
 from pipetrain.seeds import derive_seed
 
@@ -187,6 +191,88 @@ def test_a_layer_gives_nothing_for_an_input_that_it_does_not_use() -> None:
     assert used is not None
     assert used.tolist() == [10, 10, 10]
     assert unused is None
+
+
+def test_a_value_lives_on_only_where_the_modules_graph_needs_it() -> None:
+    """The backward of tanh starts from its output, that of a square from its input."""
+    alive = []
+    for module in (nn.Tanh(), Square()):
+        x = torch.randn(4, 3)
+        value = StorageWeakRef(x.untyped_storage())
+        layer = Layer("layer", "", module)
+        layer.forward_with_graph((torch.randn(4, 3),), list, (True,))  # the first one gets copies
+        _, _, graph = layer.forward_with_graph((x,), list, (True,))
+        del x
+        alive.append(not value.expired())
+        (gradient,) = graph.backward({0: torch.ones(4, 3)})
+        assert gradient is not None
+    assert alive == [False, True]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_the_gradient_of_an_input_has_its_strides(split: bool) -> None:
+    """That of a sum is one number, seen as a tensor."""
+    layer, x = Layer("sum", "", Total()), torch.randn(3, 4).t()
+    _, _, graph = layer.forward_with_graph((x,), list, (True,))
+    (gradient,) = graph.backward({0: torch.tensor(2.0)}, split=split)
+    assert gradient is not None
+    assert gradient.stride() == x.stride()
+    assert bool((gradient == 2).all())
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+class Total(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum()
+
+
+def test_modules_of_torch_and_pipetrain_need_no_watching_and_all_others_do() -> None:
+    sizes = {"layers": 3, "filters": 4, "image_size": (8, 8), "channels": 1, "num_classes": 2}
+    net = build("amoebanet", **{k: v for k, v in vars(AmoebaNetConfig()).items() if k != "name"} | sizes)
+    assert all(runs_known_code_only(layer.build()) for layer in net.layers)
+    hooked = nn.Linear(2, 2)
+    hooked.register_forward_hook(lambda module, args, output: None)
+    own_function = nn.TransformerEncoderLayer(8, 2, activation=lambda x: x)
+    assert runs_known_code_only(nn.TransformerEncoderLayer(8, 2, activation="gelu"))
+    for module in (hooked, own_function, nn.Sequential(nn.Linear(2, 2), Square())):
+        assert not runs_known_code_only(module)
+
+
+class LooksForCycles(nn.Module):
+    """Notes whether Python may stop here to look for cycles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(gc.isenabled())
+        return self.linear(x)
+
+
+def test_no_step_stops_to_look_for_cycles() -> None:
+    module = LooksForCycles()
+    recipe = Recipe(
+        layers=(LayerRecipe("looks", lambda: module),),
+        loss_sum=lambda output, targets: output.sum(),
+        count=lambda targets: targets[0].numel(),
+    )
+    x = torch.ones(4, 4)
+
+    def rank_main(transport: LocalTransport) -> None:
+        plan = schedule.build("gpipe", 1, 2, recompute="never")
+        runtime = build_runtime(recipe, (1,), transport)
+        runtime.train_step(runtime.prepare(plan), 0, (x,), (x,), total=4, update=lambda report: None)
+
+    run_ranks(1, rank_main)
+    assert module.seen
+    assert not any(module.seen)
+    assert gc.isenabled()
 
 
 def test_recompute_keeps_inputs_only_and_sees_the_same_dropout() -> None:
