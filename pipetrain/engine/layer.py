@@ -23,7 +23,7 @@ from pipetrain.engine.attributes import OwnAttributes
 from pipetrain.engine.buffers import OwnBuffers
 from pipetrain.engine.halves import backward_input
 from pipetrain.engine.known import runs_known_code_only
-from pipetrain.engine.structure import flatten, without_gaps
+from pipetrain.engine.structure import flatten, with_strides, without_gaps
 from pipetrain.errors import LayerError
 
 # Makes a module's positional arguments of its inputs, a flat list in which each value is once.
@@ -43,11 +43,7 @@ class _Entrance(torch.autograd.Function):
     def backward(ctx: Any, *gradient: Tensor | None) -> tuple[None, None, None, None]:
         (found,) = gradient
         if found is not None:
-            found = without_gaps(found.detach())
-            same = (
-                found if found.stride() == ctx.stride else found.new_empty_strided(found.shape, ctx.stride).copy_(found)
-            )
-            ctx.gradients[ctx.place] = same
+            ctx.gradients[ctx.place] = with_strides(without_gaps(found.detach()), ctx.stride)
         return None, None, None, None
 
 

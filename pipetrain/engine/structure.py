@@ -50,9 +50,12 @@ class TensorSpec:
 
     def conform(self, tensor: Tensor) -> Tensor:
         """The tensor with these strides; itself where it has them."""
-        if tensor.stride() == self.stride:
-            return tensor
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=tensor.device).copy_(tensor)
+        return with_strides(tensor, self.stride)
+
+
+def with_strides(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The tensor itself, or a copy of it that lies in memory like this."""
+    return tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
 
 
 def flat(tensor: Tensor) -> Tensor:

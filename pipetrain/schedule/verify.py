@@ -170,11 +170,11 @@ def _check_progress(schedule: Schedule, *, with_messages: bool) -> None:
     def can_run(action: Action) -> bool:
         if action.kind in MESSAGES:
             partner = _partner(action)
-            return _is_produced(action, done) and (
-                partner in done or head(schedule.placement[partner.stage]) == partner
-            )
-        receives = _receives_for(schedule, action) if with_messages else []
-        return all(a in done for a in (*dependencies.of(action), *receives))
+            is_met = partner in done or head(schedule.placement[partner.stage]) == partner
+            return is_met and _is_produced(action, done)
+        if not done.issuperset(dependencies.of(action)):
+            return False
+        return not with_messages or done.issuperset(_receives_for(schedule, action))
 
     progress = True
     while progress:
