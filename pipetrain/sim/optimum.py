@@ -1,0 +1,230 @@
+"""The best balance: the cut of the layers at which the slowest stage is fastest, and every stage fits its device.
+
+Exact, by threshold: whether some cut keeps a limit is decided by looking at all of them at once, from the last stage to
+the first, and the least limit is found by bisection. If costs only grew with the layers, a greedy walk would do; with
+communication at the borders, devices of different speeds, and inputs that a stage keeps, it would not be exact.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipetrain.errors import ConfigError
+
+_Array = NDArray[np.float64]
+_ROUNDING = 1e-12  # what sums in another order may differ by: windows are that much wider than they need to be
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The layers of a model in order, n of them, as balancing sees them. What is left out costs nothing.
+
+    Attributes:
+        seconds: of each layer, for all that is done for one micro-batch.
+        border_s: for each layer, what the stages on both sides of a border in front of it spend on the messages. (The
+            first one is the begin of the model, where nothing is sent.)
+        kept_bytes: of each layer, whatever is in flight: weights, gradients, optimizer state.
+        saved_bytes: of each layer, for each micro-batch in flight.
+        input_bytes: for each layer, what a stage that begins with it keeps for each micro-batch in flight.
+    """
+
+    seconds: Sequence[float]
+    border_s: Sequence[float] | None = None
+    kept_bytes: Sequence[float] | None = None
+    saved_bytes: Sequence[float] | None = None
+    input_bytes: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a stage would run.
+
+    Attributes:
+        slowness: seconds that it takes for one second of a layer.
+        memory_bytes: what it has for a stage.
+        in_flight: micro-batches that the stage holds at once.
+    """
+
+    slowness: float = 1.0
+    memory_bytes: float = math.inf
+    in_flight: int = 1
+
+
+def fastest(chain: Chain, seats: Sequence[Seat]) -> tuple[int, ...]:
+    """The number of layers of each stage at which the slowest one takes the least time.
+
+    Among equally good ones it is the most even: that with the least sum of squares of the stages' seconds, which is
+    GPipe's criterion (least variance), and then with the most layers on the first stage, on the second, and so on.
+
+    Raises:
+        ConfigError: if there are fewer layers than stages, or no cut fits the devices' memory.
+    """
+    if len(chain.seconds) < len(seats):
+        raise ConfigError(
+            f"{len(chain.seconds)} layers cannot be cut into {len(seats)} stages: each needs at least one layer"
+        )
+    stages = _Stages(chain, seats)
+    low = stages.least_s()
+    high = _near(stages, low)
+    while (found := stages.keeps(math.nextafter(high, 0.0))) is not None:
+        high = stages.slowest_s(found)
+        middle = (low + high) / 2
+        if (found := stages.keeps(middle)) is None:
+            low = middle
+        else:
+            high = stages.slowest_s(found)
+    best = stages.most_even(high)
+    assert best is not None, "the limit was kept before"
+    return best
+
+
+def slowest_s(chain: Chain, seats: Sequence[Seat], balance: Sequence[int]) -> float:
+    """Seconds of the slowest stage of a balance."""
+    return _Stages(chain, seats).slowest_s(balance)
+
+
+def _near(stages: "_Stages", low: float) -> float:
+    """The slowest stage of some balance, not far above the least one."""
+    most = stages.everything_s()
+    gap = max(low, most * 1e-9) / 64
+    while True:
+        limit = min(low + gap, most)
+        if (found := stages.keeps(limit)) is not None:
+            return stages.slowest_s(found)
+        if limit == most:
+            raise ConfigError(
+                "no balance fits the memory of the devices; use more devices, smaller micro-batches or more recompute"
+            )
+        gap *= 2
+
+
+class _Stages:
+    """The costs of all possible stages [i, j), from sums over the first layers."""
+
+    def __init__(self, chain: Chain, seats: Sequence[Seat]) -> None:
+        self._n, self._seats = len(chain.seconds), seats
+        self._time = _sums(chain.seconds)
+        self._kept = _sums(chain.kept_bytes or [0.0] * self._n)
+        self._saved = _sums(chain.saved_bytes or [0.0] * self._n)
+        self._input = np.array([*(chain.input_bytes or [0.0] * self._n), 0.0])
+        self._border = np.array([*(chain.border_s or [0.0] * self._n), 0.0])
+        self._border[0] = 0.0
+
+    def seconds(self, s: int, i: Any, j: Any) -> Any:
+        """Of stage `s` if it has the layers i to j - 1; numbers, or slices of equal length."""
+        return (self._time[j] - self._time[i]) * self._seats[s].slowness + self._border[i] + self._border[j]
+
+    def num_bytes(self, s: int, i: Any, j: Any) -> Any:
+        """What it holds at most."""
+        each = self._saved[j] - self._saved[i] + self._input[i]
+        return self._kept[j] - self._kept[i] + self._seats[s].in_flight * each
+
+    def least_s(self) -> float:
+        """No cut can be faster: all devices at work all the time, or the longest layer on the fastest device."""
+        longest = float(np.diff(self._time).max()) * min(seat.slowness for seat in self._seats)
+        return max(longest, float(self._time[-1]) / sum(1 / seat.slowness for seat in self._seats)) * (1 - _ROUNDING)
+
+    def everything_s(self) -> float:
+        """No stage takes longer."""
+        slowest = max(seat.slowness for seat in self._seats)
+        return (float(self._time[-1]) * slowest + 2 * float(self._border.max())) * (1 + _ROUNDING)
+
+    def slowest_s(self, balance: Sequence[int]) -> float:
+        ends = np.cumsum(balance)
+        begins = ends - np.array(balance)
+        return max(float(self.seconds(s, i, j)) for s, (i, j) in enumerate(zip(begins, ends, strict=True)))
+
+    def keeps(self, limit_s: float) -> tuple[int, ...] | None:
+        """A balance whose stages all keep the limit and fit their memory; None if there is none."""
+        return self._walk(limit_s, evenly=False)
+
+    def most_even(self, limit_s: float) -> tuple[int, ...] | None:
+        """Of all these the one with the least sum of squares."""
+        return self._walk(limit_s, evenly=True)
+
+    def _walk(self, limit_s: float, *, evenly: bool) -> tuple[int, ...] | None:
+        spans = self._where_stages_can_begin(limit_s)
+        if spans is None:
+            return None
+        # For each begin of a stage the least that it and those behind it can cost: infinite where none keeps the
+        # limits, else a sum of squares, or just nothing.
+        costs = [np.zeros(1)]
+        for s in reversed(range(len(self._seats))):
+            found = self._least_costs(s, spans[s], spans[s + 1], costs[-1], limit_s, evenly)
+            if not (found < math.inf).any():
+                return None
+            costs.append(found)
+        costs.reverse()
+        balance: list[int] = []
+        begin = 0
+        for s in range(len(self._seats)):
+            first, last = max(spans[s + 1][0], begin + 1), spans[s + 1][1]
+            behind = costs[s + 1][first - spans[s + 1][0] :]
+            through = behind + self._cost(s, np.full(last + 1 - first, begin), slice(first, last + 1), limit_s, evenly)
+            end = first + int(np.flatnonzero(through == costs[s][begin - spans[s][0]])[-1])
+            balance.append(end - begin)
+            begin = end
+        return tuple(balance)
+
+    def _least_costs(
+        self, s: int, here: tuple[int, int], behind: tuple[int, int], next_costs: _Array, limit_s: float, evenly: bool
+    ) -> _Array:
+        """For every begin in `here` the least cost over all ends in `behind`."""
+        found = np.full(here[1] - here[0] + 1, math.inf)
+        for number in range(1, self._most_layers(s, here, limit_s) + 1):
+            first, last = max(here[0], behind[0] - number), min(here[1], behind[1] - number)
+            if first > last:
+                continue
+            begins, ends = slice(first, last + 1), slice(first + number, last + 1 + number)
+            through = next_costs[ends.start - behind[0] : ends.stop - behind[0]]
+            through = through + self._cost(s, begins, ends, limit_s, evenly)
+            part = found[first - here[0] : last + 1 - here[0]]
+            np.minimum(part, through, out=part)
+            if not evenly and not found.any():
+                break  # all can be kept
+        return found
+
+    def _cost(self, s: int, i: Any, j: Any, limit_s: float, evenly: bool) -> _Array:
+        """Of stages [i, j): infinite where the limits are not kept."""
+        seconds = self.seconds(s, i, j)
+        fits = seconds <= limit_s
+        if self._seats[s].memory_bytes < math.inf:
+            fits &= self.num_bytes(s, i, j) <= self._seats[s].memory_bytes
+        return np.where(fits, seconds * seconds if evenly else 0.0, math.inf)
+
+    def _most_layers(self, s: int, here: tuple[int, int], limit_s: float) -> int:
+        begins = np.arange(here[0], here[1] + 1)
+        return int((self._farthest(s, begins, limit_s) - begins).max())
+
+    def _farthest(self, s: int, begin: Any, limit_s: float) -> Any:
+        """The last end of a stage that begins there, as far as its layers alone can tell."""
+        within = self._time[begin] + limit_s / self._seats[s].slowness
+        return np.searchsorted(self._time, within * (1 + _ROUNDING), side="right") - 1
+
+    def _where_stages_can_begin(self, limit_s: float) -> list[tuple[int, int]] | None:
+        """For every stage, and the end of the last one, the first and the last layer at which it can begin, as far as
+        the layers' times alone can tell: a stage has at least one layer, and keeps the limit."""
+        count = len(self._seats)
+        last = [0]
+        for s in range(count):
+            last.append(min(int(self._farthest(s, last[-1], limit_s)), self._n - (count - s - 1)))
+        if last[-1] < self._n:
+            return None
+        first = [self._n]
+        for s in reversed(range(count)):
+            within = self._time[first[-1]] - limit_s / self._seats[s].slowness
+            earliest = int(np.searchsorted(self._time, within - abs(self._time[-1]) * _ROUNDING, side="left"))
+            first.append(max(earliest, s))
+        first.reverse()
+        first[0] = 0
+        spans = list(zip(first, last, strict=True))
+        return spans if all(begin <= end for begin, end in spans) else None
+
+
+def _sums(values: Sequence[float]) -> _Array:
+    """[n + 1]: the sum of the first 0, 1, ... n values."""
+    return np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])

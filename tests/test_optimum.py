@@ -1,0 +1,96 @@
+"""The best balance against all balances."""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from pipetrain.errors import ConfigError
+from pipetrain.sim.balance import even
+from pipetrain.sim.optimum import Chain, Seat, fastest, slowest_s
+
+
+def all_balances(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:
+    for cuts in itertools.combinations(range(1, num_layers), num_stages - 1):
+        ends = (0, *cuts, num_layers)
+        yield tuple(b - a for a, b in itertools.pairwise(ends))
+
+
+def brute_force(chain: Chain, seats: list[Seat]) -> tuple[float, list[tuple[int, ...]]]:
+    """The least seconds of the slowest stage, and every balance that has them, the most even one first."""
+    found: dict[tuple[int, ...], tuple[float, float]] = {}
+    for balance in all_balances(len(chain.seconds), len(seats)):
+        slowest, squares, begin, fits = 0.0, 0.0, 0, True
+        for seat, number in zip(seats, balance, strict=True):
+            end = begin + number
+            seconds = sum(chain.seconds[begin:end]) * seat.slowness
+            seconds += chain.border_s[begin] if chain.border_s and begin > 0 else 0.0
+            seconds += chain.border_s[end] if chain.border_s and end < len(chain.seconds) else 0.0
+            held = sum(chain.saved_bytes[begin:end]) if chain.saved_bytes else 0.0
+            held = seat.in_flight * (held + (chain.input_bytes[begin] if chain.input_bytes else 0.0))
+            held += sum(chain.kept_bytes[begin:end]) if chain.kept_bytes else 0.0
+            fits &= held <= seat.memory_bytes
+            slowest, squares, begin = max(slowest, seconds), squares + seconds**2, end
+        if fits:
+            found[balance] = slowest, squares
+    least = min((slowest for slowest, _ in found.values()), default=math.inf)
+    best = [balance for balance, (slowest, _) in found.items() if slowest == least]
+    return least, sorted(best, key=lambda balance: (found[balance][1], [-number for number in balance]))
+
+
+def random_case(number: int) -> tuple[Chain, list[Seat]]:
+    """Whole numbers, so that no sum depends on its order, and many balances are equally good."""
+    draw = random.Random(number)
+    n = draw.randint(1, 10)
+    k = draw.randint(1, min(n, 5))
+
+    def some(most: int, chance: float) -> list[float] | None:
+        return [float(draw.randint(0, most)) for _ in range(n)] if draw.random() < chance else None
+
+    chain = Chain([float(draw.choice([1, 2, 3, 5, 8, 40])) for _ in range(n)], some(6, 0.5), some(9, 0.5), some(4, 0.5))
+    chain = Chain(chain.seconds, chain.border_s, chain.kept_bytes, chain.saved_bytes, some(5, 0.5))
+    is_uneven, is_tight = draw.random() < 0.4, draw.random() < 0.4
+    seats = [
+        Seat(
+            slowness=float(draw.choice([1, 2, 3])) if is_uneven else 1.0,
+            memory_bytes=float(draw.randint(5, 60)) if is_tight else math.inf,
+            in_flight=k - s,
+        )
+        for s in range(k)
+    ]
+    return chain, seats
+
+
+@pytest.mark.parametrize("hundred", range(20))
+def test_it_is_the_best_of_all_balances(hundred: int) -> None:
+    """2,000 lists of costs, with and without communication, unequal devices and limits of memory."""
+    for number in range(100 * hundred, 100 * (hundred + 1)):
+        chain, seats = random_case(number)
+        least, balances = brute_force(chain, seats)
+        if not balances:
+            with pytest.raises(ConfigError, match="no balance fits the memory"):
+                fastest(chain, seats)
+            continue
+        found = fastest(chain, seats)
+        assert found == balances[0], (number, chain, seats, least)
+        assert slowest_s(chain, seats, found) == least
+
+
+def test_equal_layers_are_cut_as_even_does() -> None:
+    for n, k in ((8, 3), (12, 4), (7, 7), (11, 2)):
+        assert slowest_s(Chain([1.0] * n), [Seat()] * k, fastest(Chain([1.0] * n), [Seat()] * k)) == math.ceil(n / k)
+    assert fastest(Chain([1.0] * 8), [Seat()] * 3) == even(8, 3)
+
+
+def test_it_beats_even_where_layers_are_unequal() -> None:
+    """A Transformer whose head costs as much as six blocks."""
+    chain, seats = Chain([0.2, *[1.0] * 12, 6.0]), [Seat()] * 4
+    assert fastest(chain, seats) == (5, 4, 4, 1)
+    assert slowest_s(chain, seats, even(14, 4)) / slowest_s(chain, seats, fastest(chain, seats)) > 1.3
+
+
+def test_fewer_layers_than_stages_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2 layers cannot be cut into 3 stages"):
+        fastest(Chain([1.0, 1.0]), [Seat()] * 3)
