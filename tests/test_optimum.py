@@ -91,6 +91,11 @@ def test_it_beats_even_where_layers_are_unequal() -> None:
     assert slowest_s(chain, seats, even(14, 4)) / slowest_s(chain, seats, fastest(chain, seats)) > 1.3
 
 
+def test_layers_that_cost_nothing_are_cut_too() -> None:
+    assert fastest(Chain([0.0] * 4), [Seat()] * 2) == (3, 1)
+    assert fastest(Chain([0.0, 0.0, 1.0, 0.0]), [Seat()] * 2) == (3, 1)
+
+
 def test_fewer_layers_than_stages_are_refused() -> None:
     with pytest.raises(ConfigError, match="2 layers cannot be cut into 3 stages"):
         fastest(Chain([1.0, 1.0]), [Seat()] * 3)

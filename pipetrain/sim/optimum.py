@@ -70,7 +70,7 @@ def fastest(chain: Chain, seats: Sequence[Seat]) -> tuple[int, ...]:
     stages = _Stages(chain, seats)
     low = stages.least_s()
     high = _near(stages, low)
-    while (found := stages.keeps(math.nextafter(high, 0.0))) is not None:
+    while high > 0 and (found := stages.keeps(math.nextafter(high, 0.0))) is not None:
         high = stages.slowest_s(found)
         middle = (low + high) / 2
         if (found := stages.keeps(middle)) is None:
