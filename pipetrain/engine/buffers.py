@@ -59,18 +59,20 @@ class OwnBuffers:
             changing = [(part, name) for part, name, _ in old]
             self._constant = [] if self._is_known else [place for place in self._places if place not in changing]
             self._places = changing
-        for (part, name), before, after in zip(self._constant, constant, self._constant_now(), strict=False):
-            if before != after:
+        # (Before the first forward it was not known yet which ones are constant: nothing to compare with then.)
+        for (part, name), (before, version) in zip(self._constant, constant, strict=False):
+            now = _get(part, name)
+            if now is not before or now._version != version:
                 raise LayerError(
                     f"buffer {name} of a {type(part).__name__} changed, which it did not do in the first forward: what "
                     "a recompute must start from is not known any more; change it in every forward, or never"
                 )
         saved += old
 
-    def _constant_now(self) -> list[tuple[int, int]]:
-        """Which tensor each of the constant buffers is, and in which version."""
-        buffers = [part._buffers[name] for part, name in self._constant]
-        return [(id(buffer), buffer._version) for buffer in buffers]  # type: ignore[union-attr]
+    def _constant_now(self) -> list[tuple[Tensor, int]]:
+        """Each of the constant buffers, and in which version it is."""
+        buffers = [_get(part, name) for part, name in self._constant]
+        return [(buffer, buffer._version) for buffer in buffers]
 
     @contextmanager
     def rewound(self, saved: SavedBuffers) -> Iterator[None]:

@@ -554,6 +554,24 @@ def test_a_buffer_that_changes_only_later_is_refused() -> None:
         train(chain(linear, Late, linear), (3,), data(), num_microbatches=3)
 
 
+def test_a_buffer_that_is_replaced_only_later_is_refused() -> None:
+    class Replaced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(D))
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls > 1:  # the new one may lie where the old one was, and have its id
+                del self.mean
+                self.register_buffer("mean", torch.ones(D))
+            return x + self.mean
+
+    with pytest.raises(LayerError, match="buffer mean of a Replaced changed, which it did not do in the first forward"):
+        train(chain(linear, Replaced, linear), (3,), data(), num_microbatches=3)
+
+
 def test_parts_that_stay_in_evaluation_for_good() -> None:
     def frozen_norm() -> nn.Module:
         module = nn.Sequential(linear(), nn.BatchNorm1d(D), nn.Dropout(0.5))

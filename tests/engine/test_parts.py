@@ -33,6 +33,7 @@ from pipetrain.engine.structure import (
 )
 from pipetrain.errors import LayerError, StageFailed
 from pipetrain.models import LayerRecipe, Recipe, build
+from pipetrain.models.capture import CapturedLayer, capture
 from pipetrain.schedule import Dataflow, Take
 from pipetrain.seeds import derive_seed
 
@@ -230,6 +231,17 @@ class Total(nn.Module):
         return x.sum()
 
 
+class Residual(nn.Module):
+    """Not a chain: its operations are captured, those of the user's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + x
+
+
 def test_modules_of_torch_and_pipetrain_need_no_watching_and_all_others_do() -> None:
     sizes = {"layers": 3, "filters": 4, "image_size": (8, 8), "channels": 1, "num_classes": 2}
     net = build("amoebanet", **{k: v for k, v in vars(AmoebaNetConfig()).items() if k != "name"} | sizes)
@@ -238,7 +250,9 @@ def test_modules_of_torch_and_pipetrain_need_no_watching_and_all_others_do() -> 
     hooked.register_forward_hook(lambda module, args, output: None)
     own_function = nn.TransformerEncoderLayer(8, 2, activation=lambda x: x)
     assert runs_known_code_only(nn.TransformerEncoderLayer(8, 2, activation="gelu"))
-    for module in (hooked, own_function, nn.Sequential(nn.Linear(2, 2), Square())):
+    (captured, *_), _ = capture(Residual(), Residual, num_inputs=1)
+    assert isinstance(captured.build(), CapturedLayer)
+    for module in (hooked, own_function, nn.Sequential(nn.Linear(2, 2), Square()), captured.build()):
         assert not runs_known_code_only(module)
 
 
