@@ -7,7 +7,8 @@ communication at the borders, devices of different speeds, and inputs that a sta
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,49 @@ def fastest(chain: Chain, seats: Sequence[Seat]) -> tuple[int, ...]:
     return best
 
 
+def least_variance(chain: Chain, seats: Sequence[Seat]) -> tuple[int, ...]:
+    """The balance with the least sum of squares of the stages' seconds, whether or not its slowest stage is fastest.
+
+    That is GPipe's criterion ("minimize the variance in the estimated costs of all cells", Huang et al. 2019, section
+    2.2). Ties and errors are those of `fastest`.
+    """
+    found = fastest(chain, seats)
+    stages = _Stages(chain, seats)
+    squares, number = sum(x * x for x in stages.all_s(found)), len(seats)
+    # A stage of t seconds leaves at least total - t to the others, whose squares are least where they are equal.
+    total = stages.total_s()
+    limit = total / number + math.sqrt((number - 1) / number * max(0.0, squares - total * total / number))
+    best = stages.most_even(max(limit * (1 + 1e-9), stages.slowest_s(found)))
+    assert best is not None, "the fastest one is within the limit"
+    return best
+
+
+def leanest(chain: Chain, seats: Sequence[Seat]) -> tuple[int, ...]:
+    """The balance whose stages all need the least share of their devices' memory, however long they take.
+
+    To a thousandth; of those the one whose slowest stage is fastest.
+    """
+
+    def scaled(factor: float) -> list[Seat]:
+        return [replace(seat, memory_bytes=max(seat.memory_bytes, 1.0) * factor) for seat in seats]
+
+    def try_with(factor: float) -> tuple[int, ...] | None:
+        return _Stages(chain, scaled(factor)).keeps(math.inf)
+
+    low, high = 0.0, 1.0
+    while try_with(high) is None:
+        low, high = high, 2 * high
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if try_with(middle) is None else (low, middle)
+    return fastest(chain, scaled(high))
+
+
+def fits_memory(chain: Chain, seats: Sequence[Seat], balance: Sequence[int]) -> bool:
+    """Whether every stage of a balance fits its device."""
+    return _Stages(chain, seats).fit(balance)
+
+
 def slowest_s(chain: Chain, seats: Sequence[Seat], balance: Sequence[int]) -> float:
     """Seconds of the slowest stage of a balance."""
     return _Stages(chain, seats).slowest_s(balance)
@@ -133,10 +177,19 @@ class _Stages:
         slowest = max(seat.slowness for seat in self._seats)
         return (float(self._time[-1]) * slowest + 2 * float(self._border.max())) * (1 + _ROUNDING)
 
+    def total_s(self) -> float:
+        """All stages together take no less."""
+        return float(self._time[-1]) * min(seat.slowness for seat in self._seats)
+
+    def all_s(self, balance: Sequence[int]) -> list[float]:
+        return [float(self.seconds(s, i, j)) for s, (i, j) in enumerate(_pieces(balance))]
+
     def slowest_s(self, balance: Sequence[int]) -> float:
-        ends = np.cumsum(balance)
-        begins = ends - np.array(balance)
-        return max(float(self.seconds(s, i, j)) for s, (i, j) in enumerate(zip(begins, ends, strict=True)))
+        return max(self.all_s(balance))
+
+    def fit(self, balance: Sequence[int]) -> bool:
+        pieces = enumerate(_pieces(balance))
+        return all(float(self.num_bytes(s, i, j)) <= self._seats[s].memory_bytes for s, (i, j) in pieces)
 
     def keeps(self, limit_s: float) -> tuple[int, ...] | None:
         """A balance whose stages all keep the limit and fit their memory; None if there is none."""
@@ -223,6 +276,11 @@ class _Stages:
         first[0] = 0
         spans = list(zip(first, last, strict=True))
         return spans if all(begin <= end for begin, end in spans) else None
+
+
+def _pieces(balance: Sequence[int]) -> list[tuple[int, int]]:
+    """(first layer, first one behind it) of each stage."""
+    return list(pairwise((0, *accumulate(balance))))
 
 
 def _sums(values: Sequence[float]) -> _Array:

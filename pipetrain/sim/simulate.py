@@ -4,18 +4,21 @@ It walks the same `Schedule` that the runtime executes and returns the same `Spa
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-from pipetrain.costs import StageCost
+from pipetrain.costs import Link, StageCost
 from pipetrain.schedule import Action, Kind, Schedule, Span, timeline
 
+_NO_WAY = Link()
 
-def simulate(schedule: Schedule, costs: Sequence[StageCost], link_s: float = 0.0) -> list[Span]:
+
+def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link = _NO_WAY) -> list[Span]:
     """Predicts one step.
 
     Args:
         schedule: any schedule, with or without messages.
         costs: one for each stage.
-        link_s: seconds between the end of an action and the moment at which another rank has its result.
+        link: what is between the ranks.
 
     Returns:
         One span for each compute action, sorted by end. The makespan is the last one's end.
@@ -33,10 +36,16 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost], link_s: float = 0.0
         for cost in costs
     ]
 
+    # From each stage to the next one, and back.
+    between = [
+        link.seconds(cost.output_bytes) if here != there else 0.0
+        for cost, (here, there) in zip(costs, pairwise(schedule.placement), strict=False)
+    ]
+
     def duration(action: Action) -> float:
         return seconds[action.stage][action.kind]
 
     def delay(producer: Action, consumer: Action) -> float:
-        return link_s if schedule.placement[producer.stage] != schedule.placement[consumer.stage] else 0.0
+        return between[min(producer.stage, consumer.stage)]
 
     return timeline(schedule, duration, delay)

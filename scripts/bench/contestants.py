@@ -11,6 +11,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torchs
 from torchgpipe import GPipe
 
+from pipetrain.costs import Link
 from pipetrain.engine.connect import connect
 from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.stage import Stage
@@ -126,7 +127,7 @@ class Pipetrain:
     def simulated_s(self, link_s: float) -> float:
         """What the simulator says of a step whose actions take what those of the last step took."""
         spans = gather_spans(self.plan, self.runtime.spans, self.transport)
-        return simulate(self.plan, mean_costs(spans, self.plan.num_stages), link_s)[-1].end_s
+        return simulate(self.plan, mean_costs(spans, self.plan.num_stages), Link(link_s))[-1].end_s
 
 
 def of_torch(name: str, work: Work) -> Step | None:

@@ -12,7 +12,7 @@ from contestants import Pipetrain, Work, of_torch, on_rank_0, schedule_of, torch
 from measure import cell, in_processes, in_turns, median, message_s, ratios
 from torch import Tensor, nn
 
-from pipetrain.costs import StageCost
+from pipetrain.costs import Link, StageCost
 from pipetrain.models import LayerRecipe, Recipe
 from pipetrain.schedule import SCHEDULES
 from pipetrain.sim.simulate import simulate
@@ -123,7 +123,7 @@ def simulated_s(name: str, num_ranks: int, num_microbatches: int, link_s: float,
     f, i, w = (s * times_slower for s in (FORWARD_S, INPUT_S, WEIGHT_S))
     plan = schedule_of(name, num_ranks, sleeping_work(num_ranks * per_rank, num_microbatches, (f, i, w)))
     cost = StageCost(f, i, w) if plan.is_split else StageCost(f, i + w)
-    return simulate(plan, [cost] * plan.num_stages, link_s)[-1].end_s
+    return simulate(plan, [cost] * plan.num_stages, Link(link_s))[-1].end_s
 
 
 def measure(folder: Path, ks: tuple[int, ...] = KS, ms: tuple[int, ...] = MS) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pipetrain.costs import StageCost
+from pipetrain.costs import Link, StageCost
 from pipetrain.schedule import Kind, build
 from pipetrain.sim.balance import even
 from pipetrain.sim.simulate import simulate
@@ -23,7 +23,7 @@ def test_equal_stages_take_the_textbook_time(s: int, m: int) -> None:
 @pytest.mark.parametrize(("s", "m"), SIZES)
 def test_a_link_is_paid_once_for_each_border_and_direction(s: int, m: int) -> None:
     """Messages overlap with work, but for the first one that crosses each border and the last one that comes back."""
-    spans = simulate(build("gpipe", s, m, recompute="never"), [StageCost(0.01, 0.02)] * s, link_s=0.001)
+    spans = simulate(build("gpipe", s, m, recompute="never"), [StageCost(0.01, 0.02)] * s, link=Link(0.001))
     assert spans[-1].end_s == pytest.approx((m + s - 1) * 0.03 + 2 * (s - 1) * 0.001)
 
 

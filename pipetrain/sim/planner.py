@@ -1,0 +1,333 @@
+"""Looks for the best way to train a model on some devices: schedule, micro-batches, recompute and balance together.
+
+Every combination that is allowed gets its best balance (`optimum`) and an estimate by closed form; the most promising
+ones are then simulated, action by action, and walked through for their memory. What is said of a plan is always what
+the simulator and the memory model say of its schedule, never the estimate.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+
+from pipetrain.costs import Device, LayerCost, Link, ModelCost, StageCost
+from pipetrain.errors import ConfigError
+from pipetrain.schedule import NEVER, Schedule, bubble_fraction, generate, peak_in_flight
+from pipetrain.schedule.recompute import add_recompute
+from pipetrain.sim.balance import even
+from pipetrain.sim.cut import Cut, crossing_bytes
+from pipetrain.sim.memory import Memory, memory
+from pipetrain.sim.optimum import Chain, Seat, fastest, fits_memory, leanest, least_variance
+from pipetrain.sim.simulate import simulate
+
+AUTO, EVEN, LEAST_VARIANCE = "auto", "even", "least_variance"
+# How many of the estimates are simulated, and how many actions all of these may have together at most.
+_MOST_SIMULATED, _MOST_ACTIONS = 24, 1_000_000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to train.
+
+    Attributes:
+        recompute: a policy for all stages, or one for each.
+        balance: layers of each stage, or how to find them: auto, even, least_variance.
+    """
+
+    schedule: str
+    stages_per_rank: int
+    num_microbatches: int
+    recompute: str | tuple[str, ...]
+    balance: str | tuple[int, ...] = AUTO
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What one stage would do in a step.
+
+    Attributes:
+        cost: of one micro-batch.
+        idle_s: of its rank.
+        memory: in the fullest moment of its rank.
+    """
+
+    cost: StageCost
+    idle_s: float
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the simulator says of a choice.
+
+    Attributes:
+        rank_bytes: what each rank holds in its fullest moment.
+        fits: whether all ranks have that much.
+    """
+
+    choice: Choice
+    balance: tuple[int, ...]
+    step_s: float
+    bubble_fraction: float
+    stages: tuple[StageForecast, ...]
+    rank_bytes: tuple[int, ...]
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What plans are made for.
+
+    Attributes:
+        model: the costs of all layers for micro-batches of so many samples.
+        devices: one for each rank.
+        recomputed: for each layer, whether `recompute` may run it again.
+        process_bytes: what a rank holds before it has built its stage.
+    """
+
+    model: Callable[[int], ModelCost]
+    batch_size: int
+    devices: tuple[Device, ...]
+    link: Link
+    recomputed: tuple[bool, ...]
+    process_bytes: int = 0
+
+    def model_of(self, num_microbatches: int) -> ModelCost:
+        """For the largest micro-batches that so many make."""
+        return self.model(-(-self.batch_size // num_microbatches))
+
+
+class FitsNowhere(ConfigError):
+    """No plan fits the memory of the devices.
+
+    Attributes:
+        best: the forecast that needs the least of it.
+    """
+
+    def __init__(self, message: str, best: Forecast) -> None:
+        super().__init__(message)
+        self.best = best
+
+
+def plans(setting: Setting, choices: Sequence[Choice]) -> list[Forecast]:
+    """The forecasts of the best choices, the best one first: shorter steps, then less memory, then the given order.
+
+    Raises:
+        ConfigError: if no choice can be cut into stages.
+        FitsNowhere: if none fits the memory of the devices.
+    """
+    found: list[Forecast] = []
+    actions = 0
+    with _without_garbage_collection():
+        for draft in _drafts(setting, choices)[:_MOST_SIMULATED]:
+            actions += 4 * len(draft.balance) * draft.choice.num_microbatches
+            if found and actions > _MOST_ACTIONS:
+                break
+            found.append(forecast(setting, draft.choice, draft.balance))
+    fitting = [each for each in found if each.fits]
+    if not fitting:
+        least = min(found, key=lambda each: max(each.rank_bytes))
+        raise FitsNowhere(_does_not_fit(setting, least), least)
+    return sorted(fitting, key=lambda each: (each.step_s, max(each.rank_bytes)))
+
+
+def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Forecast:
+    """Simulates one step, and walks through its memory."""
+    schedule = schedule_of(setting, choice)
+    cut = Cut(setting.model_of(choice.num_microbatches), balance, setting.recomputed)
+    homes = [setting.devices[rank] for rank in schedule.placement]
+    costs = cut.costs(split=schedule.is_split, slowness=[home.slowness for home in homes])
+    spans = simulate(schedule, costs, setting.link)
+    busy_s = [0.0] * schedule.num_ranks
+    for span in spans:
+        busy_s[schedule.placement[span.action.stage]] += span.seconds
+    used = memory(schedule, cut.bytes())
+    rank_bytes = [setting.process_bytes] * schedule.num_ranks
+    for stage, rank in enumerate(schedule.placement):
+        rank_bytes[rank] += used[stage].total
+    step_s = max(span.end_s for span in spans)
+    return Forecast(
+        choice=choice,
+        balance=balance,
+        step_s=step_s,
+        bubble_fraction=bubble_fraction(spans, schedule.num_ranks),
+        stages=tuple(
+            StageForecast(cost, step_s - busy_s[rank], used[s])
+            for s, (cost, rank) in enumerate(zip(costs, schedule.placement, strict=True))
+        ),
+        rank_bytes=tuple(rank_bytes),
+        fits=all(need <= device.memory_bytes for need, device in zip(rank_bytes, setting.devices, strict=True)),
+    )
+
+
+def schedule_of(setting: Setting, choice: Choice) -> Schedule:
+    """The compute of a choice's schedule, with its recomputes."""
+    compute = _compute_of(setting, choice)
+    policies = choice.recompute
+    return add_recompute(compute, [policies] * compute.num_stages if isinstance(policies, str) else policies)
+
+
+def _compute_of(setting: Setting, choice: Choice) -> Schedule:
+    return _compute(choice.schedule, len(setting.devices), choice.num_microbatches, choice.stages_per_rank)
+
+
+@lru_cache(maxsize=8)
+def _compute(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
+    return generate(name, num_ranks, num_microbatches, stages_per_rank)
+
+
+# ---- a draft of every choice -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A choice with its balance, not simulated yet."""
+
+    choice: Choice
+    balance: tuple[int, ...]
+    fits: bool
+    estimate_s: float
+
+
+def _drafts(setting: Setting, choices: Sequence[Choice]) -> list[_Draft]:
+    """In the order in which they look good.
+
+    Raises:
+        ConfigError: if no choice can be cut into stages.
+    """
+    found: list[_Draft] = []
+    problems: list[ConfigError] = []
+    unlimited: dict[object, tuple[int, ...]] = {}  # balances for devices of any memory, which many choices share
+    for choice in choices:
+        try:
+            found.append(_draft(setting, choice, unlimited))
+        except ConfigError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    return sorted(found, key=lambda draft: (not draft.fits, draft.estimate_s))
+
+
+def _draft(setting: Setting, choice: Choice, unlimited: dict[object, tuple[int, ...]]) -> _Draft:
+    """Raises:
+    ConfigError: if there are fewer layers than stages.
+    """
+    model = setting.model_of(choice.num_microbatches)
+    balance, fits = _balance(setting, model, choice, unlimited)
+    return _Draft(choice, balance, fits, _estimate_s(setting, model, choice, balance))
+
+
+def _balance(
+    setting: Setting, model: ModelCost, choice: Choice, unlimited: dict[object, tuple[int, ...]]
+) -> tuple[tuple[int, ...], bool]:
+    """The balance of a choice, and whether it fits the memory of the devices."""
+    if not isinstance(choice.balance, str):
+        return choice.balance, True
+    chain, seats = _chain(setting, model, choice), _seats(setting, model, choice)
+    if choice.balance == EVEN and len(model.layers) >= len(seats):
+        return even(len(model.layers), len(seats)), True
+    best = least_variance if choice.balance == LEAST_VARIANCE else fastest
+    wanted = (choice.num_microbatches, tuple(chain.seconds), choice.balance, tuple(seat.slowness for seat in seats))
+    if wanted not in unlimited:
+        unlimited[wanted] = best(chain, [replace(seat, memory_bytes=math.inf) for seat in seats])
+    if fits_memory(chain, seats, unlimited[wanted]):
+        return unlimited[wanted], True
+    try:
+        return best(chain, seats), True
+    except ConfigError:
+        return leanest(chain, seats), False
+
+
+def _chain(setting: Setting, model: ModelCost, choice: Choice) -> Chain:
+    """The layers as balancing sees them. Every stage has room for one recomputed graph of all its layers."""
+    split = _compute_of(setting, choice).is_split
+    redone = [again and choice.recompute != NEVER for again in setting.recomputed]
+    of_outputs = [0] * len(model.layers)
+    for value in model.values:
+        if value.layer >= 0 and value.keepers:
+            of_outputs[value.layer] += value.num_bytes
+    graphs = [layer.graph_bytes + outputs for layer, outputs in zip(model.layers, of_outputs, strict=True)]
+    crossing = crossing_bytes(model)
+    return Chain(
+        seconds=[_seconds(layer, again, split) for layer, again in zip(model.layers, redone, strict=True)],
+        border_s=[2 * n / setting.link.bytes_per_s for n in crossing[:-1]],
+        kept_bytes=[
+            2 * layer.parameter_bytes + layer.optimizer_bytes + graph * again
+            for layer, graph, again in zip(model.layers, graphs, redone, strict=True)
+        ],
+        saved_bytes=[graph * (not again) for graph, again in zip(graphs, redone, strict=True)],
+        input_bytes=[2 * n for n in crossing[:-1]],
+    )
+
+
+def _seconds(layer: LayerCost, is_recomputed: bool, split: bool) -> float:
+    backward_s = layer.input_s + layer.weight_s if split else layer.backward_s
+    return layer.forward_s * (1 + is_recomputed) + backward_s
+
+
+def _seats(setting: Setting, model: ModelCost, choice: Choice) -> list[Seat]:
+    """For each stage its rank's device, of whose memory the stages on it have equal shares."""
+    each, schedule = choice.stages_per_rank, _compute_of(setting, choice)
+    working = max(max(layer.forward_bytes, layer.backward_bytes) for layer in model.layers)
+    return [
+        Seat(
+            slowness=setting.devices[rank].slowness,
+            memory_bytes=(setting.devices[rank].memory_bytes - setting.process_bytes - working) / each,
+            in_flight=in_flight,
+        )
+        for rank, in_flight in zip(schedule.placement, peak_in_flight(schedule), strict=True)
+    ]
+
+
+def _estimate_s(setting: Setting, model: ModelCost, choice: Choice, balance: Sequence[int]) -> float:
+    """The slowest rank at work all the time, and the way of the first micro-batch to it and of the last one from it.
+
+    That way is a (K - 1) / K of a micro-batch's through the whole model, a V-th of it where a rank has V stages, and a
+    third of that where backwards are split (where forwards and halves take as long).
+    """
+    num_ranks, each = len(setting.devices), choice.stages_per_rank
+    schedule = _compute_of(setting, choice)
+    chain = _chain(setting, model, choice)
+    slowness = [setting.devices[rank].slowness for rank in schedule.placement]
+    ends = list(accumulate(balance))
+    busy_s = [0.0] * num_ranks
+    for rank, slow, end, number in zip(schedule.placement, slowness, ends, balance, strict=True):
+        busy_s[rank] += slow * sum(chain.seconds[end - number : end])
+    through_s = sum(layer.forward_s + layer.backward_s for layer in model.layers) * max(slowness)
+    way_s = (through_s + 2 * len(balance) * setting.link.latency_s) * (num_ranks - 1) / num_ranks / each
+    return choice.num_microbatches * max(busy_s) + way_s / (3 if schedule.is_split else 1)
+
+
+# ---- where nothing fits ------------------------------------------------------------------------------------------
+
+
+def _does_not_fit(setting: Setting, least: Forecast) -> str:
+    rank = max(range(len(least.rank_bytes)), key=lambda r: least.rank_bytes[r] - setting.devices[r].memory_bytes)
+    return (
+        f"no plan fits: the leanest one, schedule={least.choice.schedule} recompute={least.choice.recompute} "
+        f"micro_batches={least.choice.num_microbatches}, needs {gib(least.rank_bytes[rank])} on device {rank}, which "
+        f"has {gib(setting.devices[rank].memory_bytes)}"
+    )
+
+
+def gib(num_bytes: float) -> str:
+    """
+    >>> gib(3 * 2**29)
+    '1.50 GiB'
+    """
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Python would look for cycles among millions of actions, again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
