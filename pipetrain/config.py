@@ -14,6 +14,7 @@ from typing import Any
 from pipetrain.schedule import POLICIES, SCHEDULES, is_file, read_file
 
 MAX_DEFAULT_MICRO_BATCHES = 16
+BALANCES = ("even", "auto", "least_variance")  # the rules; the others are lists
 MIN_DEFAULT_SAMPLES = 4  # in a micro-batch of a model with BatchNorm, which normalises each by itself
 
 
@@ -178,6 +179,13 @@ class CheckConfig:
 
 
 @dataclass(kw_only=True)
+class PlanConfig:
+    memory_gib: float | None = setting("memory of each device to plan with; null = what it has", None)
+    timeout_s: float = setting("seconds that measuring the layers may take", 120.0)
+    cache_dir: str = setting("where measurements are kept", "~/.cache/pipetrain/profiles")
+
+
+@dataclass(kw_only=True)
 class Config:
     action: str = setting(
         "train | plan (what would happen) | check (some steps against one plain process: do the guarantees hold?)",
@@ -190,7 +198,11 @@ class Config:
     partitions: int | None = setting(
         "number of stages; null = one for each device, for interleaved, looped_bfs and zb_v two", None
     )
-    balance: Any = setting("layers of each stage: even, or a list such as [2,3,3]", "even")
+    balance: Any = setting(
+        "layers of each stage: even | auto (the slowest stage is fastest) | least_variance (GPipe's criterion), where "
+        "layers are measured first | a list such as [2,3,3]",
+        "even",
+    )
     batch_size: int = setting("samples in one mini-batch", 16)
     micro_batches: int | None = setting(
         "pieces of a mini-batch; null = min(16, batch_size), of amoebanet a quarter", None
@@ -232,6 +244,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "evaluation"})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={"help": "checkpoints"})
     check: CheckConfig = field(default_factory=CheckConfig, metadata={"help": "comparison"})
+    plan: PlanConfig = field(default_factory=PlanConfig, metadata={"help": "planning"})
     init_from: str | None = setting("a run folder whose weights this run starts from, where names and shapes fit", None)
     resume: str | None = setting("a run folder to go on with", None)
 
@@ -264,6 +277,7 @@ def from_json(text: str) -> Config:
     raw["eval"] = EvalConfig(**raw["eval"])
     raw["checkpoint"] = CheckpointConfig(**raw["checkpoint"])
     raw["check"] = CheckConfig(**raw["check"])
+    raw["plan"] = PlanConfig(**raw["plan"])
     return Config(**raw)
 
 

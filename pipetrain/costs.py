@@ -12,11 +12,12 @@ class LayerCost:
         forward_s: of the forward, also where it is run a second time.
         backward_s: of a whole backward.
         input_s, weight_s: of its two halves, where a schedule splits it: the input's gradient and the weights'.
-        update_s: once a step: this layer's share of the gradient norm, of the optimizer and of the update of statistics.
+        update_s: once a step: this layer's share of the gradient norm and of the optimizer.
         parameters: how many there are; a tied one counts in every layer that uses it, as it takes memory there.
         parameter_bytes: of the weights, and as much again of their gradients.
         optimizer_bytes: what the optimizer keeps of them.
         graph_bytes: what lives from the forward to the backward beside the layer's inputs and outputs.
+        between_bytes: what lives beside that between the halves of its backward.
         forward_bytes, backward_bytes: the most that lives at once during one, of what was not there before it, the
             parameters' gradients left out.
     """
@@ -31,6 +32,7 @@ class LayerCost:
     parameter_bytes: int
     optimizer_bytes: int
     graph_bytes: int
+    between_bytes: int
     forward_bytes: int
     backward_bytes: int
 

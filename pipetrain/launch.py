@@ -7,6 +7,7 @@ so there is no port to collide on and nothing listens but gloo's own loopback pa
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import shlex
@@ -37,6 +38,7 @@ from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.models import DoesNotFit, Recipe, check_layers, try_out
 from pipetrain.paths import RunPaths
+from pipetrain.planning.settle import settle
 from pipetrain.processes import Ended, run_workers
 from pipetrain.torchrun import Place
 from pipetrain.training import checkpoint, status
@@ -81,7 +83,7 @@ def launch(cfg: Config, root: Path) -> int:
         with _locked(run) if place.rank == 0 else contextlib.nullcontext():
             return _run_as_torchrun_rank(job, place.rank)
     with _locked(run):
-        return _run_local_workers(job)
+        return _run_local_workers(settle(job, run_job, _say))
 
 
 # ---- before a worker starts --------------------------------------------------------------------------------------
@@ -237,11 +239,22 @@ def _run_local_workers(job: Job) -> int:
     return code
 
 
-def run_job(job: Job, worker: Callable[[str, int], None] = run_local_worker) -> int:
-    """Runs `worker(job as JSON, rank)` in a local process for each device; prints a failure.
+def run_job(
+    job: Job,
+    worker: Callable[[str, int], None] = run_local_worker,
+    argument: str | None = None,
+    limit_s: float = math.inf,
+) -> int:
+    """Runs `worker(argument, rank)` in a local process for each device; prints a failure.
+
+    Args:
+        argument: the job as JSON, if it is left out.
 
     Returns:
         The exit code of the run.
+
+    Raises:
+        TimeoutError: if that takes longer than `limit_s` seconds.
     """
     run = job.run
     shutil.rmtree(run.scratch, ignore_errors=True)
@@ -249,7 +262,10 @@ def run_job(job: Job, worker: Callable[[str, int], None] = run_local_worker) -> 
     before = status.read(run)  # of a resumed run
     step, metrics = before.get("step", 0), before.get("metrics", {})
     status.write(run, "starting", step=step, exit_code=None, error=None, metrics=metrics)
-    ended = run_workers(worker, job.to_json(), len(job.devices), gpus=job.devices[0] != "cpu")
+    argument = job.to_json() if argument is None else argument
+    ended = run_workers(worker, argument, len(job.devices), gpus=job.devices[0] != "cpu", limit_s=limit_s)
+    if ended.timed_out:
+        raise TimeoutError
     code = _outcome(run, ended)
     shutil.rmtree(run.scratch, ignore_errors=True)
     return code

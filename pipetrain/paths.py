@@ -77,6 +77,16 @@ class RunPaths:
         """Where local ranks leave their addresses for each other."""
         return self.scratch / "store"
 
+    @property
+    def profile(self) -> Path:
+        """What the layers take, measured for the plan, as JSON."""
+        return self.root / "profile.json"
+
+    @property
+    def measuring(self) -> Path:
+        """The name of the layer that they are at."""
+        return self.scratch / "measuring"
+
     def failure(self, rank: int) -> Path:
         """What a failing rank left behind, as JSON."""
         return self.scratch / f"failure.{rank}.json"

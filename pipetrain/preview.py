@@ -8,9 +8,10 @@ import torch
 
 from pipetrain.config import Config, num_stages
 from pipetrain.errors import ConfigError, Exit
-from pipetrain.launch import prepare
+from pipetrain.launch import prepare, run_job
 from pipetrain.models import Recipe
 from pipetrain.paths import RunPaths
+from pipetrain.planning.settle import settle
 from pipetrain.schedule import timeline
 from pipetrain.schedule.picture import svg
 from pipetrain.torchrun import Place
@@ -28,13 +29,15 @@ def preview(cfg: Config, root: Path) -> int:
         raise ConfigError("action=plan starts no processes and needs none: run it without torchrun")
     run = RunPaths(root.absolute())
     job = prepare(cfg, run, torch.cuda.device_count(), say=_say)
+    run.root.mkdir(parents=True, exist_ok=True)
+    job = settle(job, run_job, _say)
+    cfg = job.cfg
     recipe = build_recipe(cfg, job.data)
     num_ranks = len(job.devices)
     balance = balance_of(cfg, len(recipe.layers), num_stages(cfg, num_ranks))
     schedule = build_schedule(cfg, recipe, balance, num_ranks)
     parameters = _parameters(recipe, balance)
-    plan = make_plan(schedule, job.devices, recipe, balance, parameters, cfg.recompute)
-    run.root.mkdir(parents=True, exist_ok=True)
+    plan = make_plan(schedule, job.devices, recipe, balance, parameters, cfg.recompute, job.prediction)
     run.plan.write_text(plan.to_json())
     run.schedule_picture.write_text(svg({schedule.name: timeline(schedule)}, schedule.placement))
     for line in (*plan.table(), *drawn(schedule)):

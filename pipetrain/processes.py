@@ -9,6 +9,7 @@ half a minute for a hung rank whatever it is told, and opens a store that listen
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -39,10 +40,12 @@ class Ended:
     Attributes:
         codes: exit code of each rank, minus the signal's number if one killed it; None if it had to be ended from here.
         signalled: the first signal that this process got, or None.
+        timed_out: they took longer than they were given, and were ended.
     """
 
     codes: list[int | None]
     signalled: signal.Signals | None = None
+    timed_out: bool = False
 
 
 @dataclass
@@ -67,11 +70,14 @@ def prepare_fork_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run_workers(worker_main: Callable[[str, int], None], argument: str, num_ranks: int, *, gpus: bool) -> Ended:
+def run_workers(
+    worker_main: Callable[[str, int], None], argument: str, num_ranks: int, *, gpus: bool, limit_s: float = math.inf
+) -> Ended:
     """Runs `worker_main(argument, rank)` in a process for each rank and waits until all have ended.
 
     The first signal is handed on, and the workers have SAVE_GRACE_S to end by themselves; a second one ends them at
-    once. When a rank fails the others have a moment to notice; then they are ended too.
+    once. After `limit_s` seconds they are ended in any case. When a rank fails the others have a moment to notice; then
+    they are ended too.
     """
     context: Any = multiprocessing.get_context("spawn" if gpus else "forkserver")
     workers: list[BaseProcess] = [
@@ -81,8 +87,9 @@ def run_workers(worker_main: Callable[[str, int], None], argument: str, num_rank
         try:
             for worker in workers:
                 worker.start()
-            signalled = _watch(workers, inbox)
-            return Ended([worker.exitcode for worker in workers], signalled)
+            end = time.monotonic() + limit_s
+            signalled = _watch(workers, inbox, end)
+            return Ended([worker.exitcode for worker in workers], signalled, time.monotonic() > end)
         finally:
             for worker in workers:
                 if worker.pid is not None and worker.exitcode is None:
@@ -90,11 +97,11 @@ def run_workers(worker_main: Callable[[str, int], None], argument: str, num_rank
                     worker.join()
 
 
-def _watch(workers: list[BaseProcess], inbox: _Inbox) -> signal.Signals | None:
+def _watch(workers: list[BaseProcess], inbox: _Inbox, end: float) -> signal.Signals | None:
     first: signal.Signals | None = None
     deadline = sent = float("inf")
     while alive := [worker for worker in workers if worker.exitcode is None]:
-        if time.monotonic() > deadline:
+        if time.monotonic() > min(deadline, end):
             return first
         while inbox.numbers:
             number = inbox.numbers.pop(0)

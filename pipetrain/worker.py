@@ -29,7 +29,7 @@ from pipetrain.training.job import Job
 from pipetrain.training.loop import Request, Signals, train
 from pipetrain.training.memory import memory_advice
 
-_TIMEOUT = datetime.timedelta(minutes=30)
+TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def run_local_worker(job_json: str, rank: int) -> None:
@@ -79,6 +79,23 @@ def run_rank(job: Job, rank: int, world: int, signals: Signals, store: Store | N
     Args:
         store: where the ranks find each other; None takes torchrun's variables.
     """
+    device = join(job, rank, world, store)
+    job = _with_common_folder(job)
+    logging.basicConfig(
+        filename=job.run.log, level=logging.INFO, format=f"[%(asctime)s][stage {rank}] %(message)s", force=True
+    )
+    logging.captureWarnings(True)
+    code = train(job, connect(device, TIMEOUT), device, signals)
+    dist.destroy_process_group()
+    return code
+
+
+def join(job: Job, rank: int, world: int, store: Store | None) -> torch.device:
+    """Joins the process group; returns this rank's device.
+
+    Raises:
+        PeerLost: if the ranks do not find each other.
+    """
     torch.set_num_threads(num_threads(job))
     device = torch.device(job.devices[rank])
     backend = "gloo"
@@ -86,23 +103,19 @@ def run_rank(job: Job, rank: int, world: int, signals: Signals, store: Store | N
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
-        job = _with_common_folder(job)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     except RuntimeError as error:
         raise PeerLost(f"the ranks did not find each other: {error}") from error
-    logging.basicConfig(
-        filename=job.run.log, level=logging.INFO, format=f"[%(asctime)s][stage {rank}] %(message)s", force=True
-    )
-    logging.captureWarnings(True)
-    code = train(job, connect(device, _TIMEOUT), device, signals)
-    dist.destroy_process_group()
-    return code
+    return device
 
 
 def _with_common_folder(job: Job) -> Job:
     """Under torchrun every rank names a run folder of its own; the first rank's is taken."""
     roots = [str(job.run.root)]
-    dist.broadcast_object_list(roots, src=0)
+    try:
+        dist.broadcast_object_list(roots, src=0)
+    except RuntimeError as error:
+        raise PeerLost(f"the ranks did not find each other: {error}") from error
     return dataclasses.replace(job, run=RunPaths(Path(roots[0])))
 
 

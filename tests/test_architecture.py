@@ -29,12 +29,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"schedule", "errors", "seeds"},
     "training": BASE | {"config", "schedule", "sim", "models", "data", "partition", "engine"},
     "pipeline": {"engine", "errors", "models", "partition", "schedule", "sim", "suggest", "training"},
+    "profile": {"costs", "engine", "models", "partition", "schedule", "seeds"},
+    "planning": BASE | {"config", "engine", "models", "partition", "profile", "schedule", "sim", "training", "worker"},
     "processes": set(),
     "torchrun": {"errors"},
     "worker": {"processes", "training", "engine", "errors", "paths"},
     "check": BASE | {"config", "models", "partition", "schedule", "training", "torchrun", "worker", "launch"},
-    "preview": {"config", "errors", "launch", "models", "paths", "schedule", "torchrun", "training"},
-    "launch": BASE | {"processes", "torchrun", "training", "worker", "config", "rules", "models", "data", "devices"},
+    "preview": {"config", "errors", "launch", "models", "paths", "planning", "schedule", "torchrun", "training"},
+    "launch": BASE
+    | {"planning", "processes", "torchrun", "training", "worker", "config", "rules", "models", "data", "devices"},
 }
 # The front end: may use anything below it, launch only inside the function that starts a run.
 FRONT = {"cli", "__main__", "argv", "mistakes", "help", "sweep", "footprint"}

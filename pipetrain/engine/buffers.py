@@ -9,9 +9,9 @@ kept out of this by `batchnorm`.)
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
+from pipetrain.engine.structure import same_values
 from pipetrain.errors import LayerError
 
 SavedBuffers = list[tuple[nn.Module, str, Tensor]]
@@ -49,7 +49,7 @@ class OwnBuffers:
         if not self._watched:
             self._watched = True
             is_changed = [
-                part._buffers[name] is not buffer or buffer._version != version or not torch.equal(buffer, before)
+                part._buffers[name] is not buffer or buffer._version != version or not same_values(buffer, before)
                 for (part, name, before), buffer, version in zip(old, new, versions, strict=True)
             ]
             for (part, name, buffer), changed in zip(old, is_changed, strict=True):

@@ -23,7 +23,7 @@ from pipetrain.engine.attributes import OwnAttributes
 from pipetrain.engine.buffers import OwnBuffers
 from pipetrain.engine.halves import backward_input
 from pipetrain.engine.known import runs_known_code_only
-from pipetrain.engine.structure import flatten, with_strides, without_gaps
+from pipetrain.engine.structure import flatten, same_values, with_strides, without_gaps
 from pipetrain.errors import LayerError
 
 # Makes a module's positional arguments of its inputs, a flat list in which each value is once.
@@ -169,7 +169,7 @@ class Layer:
         changed = frozenset(place for place, x, version in tensors if x._version != version)
         if known is None:
             # Changes through `.data` leave no version behind, but here there are copies to compare.
-            changed |= {place for place, x, _ in tensors if not torch.equal(x, originals[place])}
+            changed |= {place for place, x, _ in tensors if not same_values(x, originals[place])}
             self._changed_inputs[self.module.training] = changed
         elif not changed <= known:
             raise LayerError(f"layer {self.name} changed an input in place, which it did not do the first time")

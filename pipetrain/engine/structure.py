@@ -58,6 +58,11 @@ def with_strides(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     return tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
 
 
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; those without memory (on the meta device) hold none."""
+    return a.is_meta or torch.equal(a, b)
+
+
 def flat(tensor: Tensor) -> Tensor:
     """The memory of a tensor without gaps: [numel]."""
     return tensor.as_strided((tensor.numel(),), (1,))

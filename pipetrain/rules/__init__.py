@@ -97,6 +97,7 @@ def _check_ranges(cfg: Config, problems: list[str]) -> None:
         ("checkpoint.every", cfg.checkpoint.every, 0),
         ("checkpoint.keep", cfg.checkpoint.keep, 1),
         ("check.steps", cfg.check.steps, 2),
+        ("plan.timeout_s", cfg.plan.timeout_s, 1),
         ("seed", cfg.seed, 0),
         ("optimizer.weight_decay", cfg.optimizer.weight_decay, 0),
         ("lr_rule.warmup_steps", cfg.lr_rule.warmup_steps, 0),
@@ -118,6 +119,7 @@ def _check_ranges(cfg: Config, problems: list[str]) -> None:
         if value is not None and not value >= least:
             problems.append(f"{key}={value} must be at least {least:g}")
     positive = [
+        ("plan.memory_gib", cfg.plan.memory_gib, "use null for what the devices have"),
         ("logit_clip", cfg.logit_clip, "use null to switch it off"),
         ("grad_clip", cfg.grad_clip, "use null to switch it off"),
         ("optimizer.lr", cfg.optimizer.lr, "1e-3 is a common value"),

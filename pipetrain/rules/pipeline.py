@@ -3,7 +3,7 @@
 import fnmatch
 from collections.abc import Sequence
 
-from pipetrain.config import AnythingConfig, Config, num_microbatches, num_stages, wanted_ranks
+from pipetrain.config import BALANCES, AnythingConfig, Config, num_microbatches, num_stages, wanted_ranks
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, ScheduleError
 from pipetrain.rules.words import shown
@@ -37,8 +37,11 @@ def check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems:
                 f"balance={shown(cfg.balance)} must be a list of whole numbers, each at least 1: "
                 "every stage needs a layer"
             )
-    elif cfg.balance != "even":
-        problems.append(f"balance={cfg.balance} must be even or a list of layers per stage, such as balance=[2,3,3]")
+    elif cfg.balance not in BALANCES:
+        problems.append(
+            f"balance={cfg.balance} must be {', '.join(BALANCES)} or a list of layers per stage, such as "
+            "balance=[2,3,3]"
+        )
     if cfg.micro_batches is not None and cfg.micro_batches > cfg.batch_size >= 1:
         problems.append(
             f"micro_batches={cfg.micro_batches} is more than batch_size={cfg.batch_size}: a micro-batch needs at least "

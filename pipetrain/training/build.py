@@ -54,8 +54,8 @@ def build_recipe(cfg: Config, prepared: Prepared | None) -> Recipe:
 
 
 def balance_of(cfg: Config, num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers of each stage."""
-    return even(num_layers, num_stages) if cfg.balance == "even" else tuple(cfg.balance)
+    """Layers of each stage, once the planner has chosen them where they were left to it."""
+    return tuple(cfg.balance) if isinstance(cfg.balance, list) else even(num_layers, num_stages)
 
 
 def ties_of(recipe: Recipe, balance: Sequence[int]) -> list[Tie]:
@@ -81,12 +81,13 @@ def _policies(cfg: Config, recipe: Recipe, balance: Sequence[int]) -> list[str]:
     matching = {
         stage
         for stage, layer in zip(stage_of_each_layer(balance), recipe.layers, strict=True)
-        if _is_recomputed(cfg, SELECTIVE, layer.name)
+        if is_recomputed(cfg, SELECTIVE, layer.name)
     }
     return [NEVER if p == SELECTIVE and stage not in matching else p for stage, p in enumerate(policies)]
 
 
-def _is_recomputed(cfg: Config, policy: str, layer: str) -> bool:
+def is_recomputed(cfg: Config, policy: str, layer: str) -> bool:
+    """Whether a recompute under this policy runs a layer."""
     return policy != SELECTIVE or any(fnmatch.fnmatchcase(layer, pattern) for pattern in cfg.recompute_layers or ())
 
 
@@ -108,7 +109,7 @@ def build_runtime(
             loss_sum=recipe.loss_sum if index == last else None,
             measures=tuple(recipe.measures.values()),
             autocast_dtype=AUTOCAST[cfg.precision],
-            recomputes=partial(_is_recomputed, cfg, policy),
+            recomputes=partial(is_recomputed, cfg, policy),
         )
 
     stages = [build_stage(index) for index in order.stages_of(transport.rank)]

@@ -9,6 +9,7 @@ from pipetrain import config
 from pipetrain.config import Config
 from pipetrain.paths import RunPaths
 from pipetrain.training.data import Prepared, fingerprint, prepared_from
+from pipetrain.training.plan import Prediction
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Job:
         devices: one name for each rank.
         checkpoint: the verified checkpoint to go on from, or None.
         start: the verified checkpoint of another run that gives the first weights, or None.
+        prediction: what the planner says of a step, where it was asked.
         record: keep all numbers of every step for a comparison, and print nothing.
     """
 
@@ -32,6 +34,7 @@ class Job:
     checkpoint: Path | None
     start: Path | None = None
     record: bool = False
+    prediction: Prediction | None = None
 
     @property
     def data_id(self) -> str:
@@ -49,6 +52,7 @@ class Job:
                 "checkpoint": str(self.checkpoint) if self.checkpoint else None,
                 "start": str(self.start) if self.start else None,
                 "record": self.record,
+                "prediction": dataclasses.asdict(self.prediction) if self.prediction is not None else None,
             }
         )
 
@@ -65,4 +69,5 @@ class Job:
             checkpoint=Path(raw["checkpoint"]) if raw["checkpoint"] else None,
             start=Path(raw["start"]) if raw["start"] else None,
             record=raw["record"],
+            prediction=Prediction.from_dict(raw["prediction"]) if raw["prediction"] is not None else None,
         )

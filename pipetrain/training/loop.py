@@ -95,7 +95,8 @@ class Trainer:
         first, last = (stage in self.runtime.stages for stage in (0, len(balance) - 1))
         self._batch = partial(part_of_batch, cfg, device, first=first, last=last)
         self.evaluator = Evaluator(self.runtime, recipe, self.schedule, self._batch)
-        plan = make_plan(self.schedule, job.devices, recipe, balance, self._count_parameters(), cfg.recompute)
+        parameters = self._count_parameters()
+        plan = make_plan(self.schedule, job.devices, recipe, balance, parameters, cfg.recompute, job.prediction)
         # The first rank is the one that writes.
         self.console: Console | None = None
         self.metrics: Metrics | None = None

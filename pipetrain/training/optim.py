@@ -20,11 +20,12 @@ def build_optimizer(cfg: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    fused = not any(p.is_meta for p in trained)  # parameters without memory are only counted
     if isinstance(cfg, AdamConfig):
         kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
-        return kind(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
+        return kind(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=fused)
     if isinstance(cfg, SgdConfig):
-        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=True)
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)
     if isinstance(cfg, RmspropConfig):
         return torch.optim.RMSprop(groups, lr=cfg.lr, alpha=cfg.decay, eps=cfg.eps, momentum=cfg.momentum)
     assert isinstance(cfg, AdafactorConfig)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from pipetrain.costs import StageCost
 from pipetrain.models import Recipe
@@ -24,14 +25,50 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class StagePrediction:
+    """What the planner says of one stage.
+
+    Attributes:
+        forward_s, backward_s: of one micro-batch.
+        idle_s: of its rank in a step.
+        memory: bytes by kind in the fullest moment of its rank, see `sim.memory.Memory`.
+    """
+
+    forward_s: float
+    backward_s: float
+    idle_s: float
+    memory: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the planner says of a step, from measured layers."""
+
+    step_s: float
+    bubble_fraction: float
+    stages: list[StagePrediction]
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> "Prediction":
+        """The inverse of `dataclasses.asdict`."""
+        return Prediction(raw["step_s"], raw["bubble_fraction"], [StagePrediction(**each) for each in raw["stages"]])
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Who computes what, and how busy everybody would be if all stages cost the same."""
+    """Who computes what, and how busy everybody would be if all stages cost the same, or as measured.
+
+    Attributes:
+        bubble_fraction: with equal stages.
+        prediction: where layers were measured.
+    """
 
     stages: list[StagePlan]
     schedule: str
     num_microbatches: int
     recompute: str | list[str]
     bubble_fraction: float
+    prediction: Prediction | None = None
 
     @property
     def balance(self) -> list[int]:
@@ -43,12 +80,14 @@ class Plan:
     def table(self) -> list[str]:
         """Lines for the console: a row a stage, then the schedule in a sentence."""
         several = len({stage.rank for stage in self.stages}) < len(self.stages)
-        rows = [("stage", *(["rank"] if several else []), "device", "layers", "", "parameters")]
+        titles = ("forward", "backward", "idle a step", "memory") if self.prediction is not None else ()
+        rows = [("stage", *(["rank"] if several else []), "device", "layers", "", "parameters", *titles)]
         for stage in self.stages:
             first, last = stage.layers[0], stage.layers[-1]
             span = first if first == last else f"{first} .. {last}"
             home = [str(stage.rank)] if several else []
-            rows.append((str(stage.stage), *home, stage.device, str(len(stage.layers)), span, f"{stage.parameters:,}"))
+            known = (str(stage.stage), *home, stage.device, str(len(stage.layers)), span, f"{stage.parameters:,}")
+            rows.append((*known, *self._predicted(stage.stage)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = sum(stage.parameters for stage in self.stages)
@@ -56,9 +95,30 @@ class Plan:
             f"{total:,} parameters, schedule {self.schedule}, {self.num_microbatches} micro-batches, "
             f"recompute {self.recompute if isinstance(self.recompute, str) else ', '.join(self.recompute)}"
         )
-        if len(self.stages) > 1:
+        if self.prediction is not None:
+            step_s, idle = self.prediction.step_s, self.prediction.bubble_fraction
+            lines.append(f"predicted: {_short(step_s)} a step, of which a device waits {idle:.1%} (the bubble)")
+        elif len(self.stages) > 1:
             lines.append(f"with equal stages each would wait {self.bubble_fraction:.1%} of the time (the bubble)")
         return lines
+
+    def _predicted(self, stage: int) -> tuple[str, ...]:
+        if self.prediction is None:
+            return ()
+        its = self.prediction.stages[stage]
+        return _short(its.forward_s), _short(its.backward_s), _short(its.idle_s), _mib(sum(its.memory.values()))
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
+
+
+def _short(seconds: float) -> str:
+    """
+    >>> _short(0.01234), _short(1.5)
+    ('12.3 ms', '1.5 s')
+    """
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def make_plan(
@@ -68,6 +128,7 @@ def make_plan(
     balance: Sequence[int],
     parameters: Sequence[int],
     recompute: str | list[str],
+    prediction: Prediction | None = None,
 ) -> Plan:
     """Puts the plan together from the schedule, the layers and the parameters of every stage."""
     names = [layer.name for layer in recipe.layers]
@@ -83,6 +144,7 @@ def make_plan(
         num_microbatches=schedule.num_microbatches,
         recompute=recompute,
         bubble_fraction=bubble_fraction(simulate(schedule, [cost] * schedule.num_stages), schedule.num_ranks),
+        prediction=prediction,
     )
 
 

@@ -1,0 +1,166 @@
+"""The worker processes that measure: what each layer takes on its device, and what a message takes between two."""
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from pipetrain.config import Config
+from pipetrain.costs import Link, ModelCost
+from pipetrain.engine.connect import connect
+from pipetrain.engine.message import Wire
+from pipetrain.engine.transport import Transport
+from pipetrain.errors import Exit
+from pipetrain.profile.bench import Bench, Conditions, signatures_of
+from pipetrain.profile.observe import measure
+from pipetrain.profile.store import Profile
+from pipetrain.training.build import AUTOCAST, build_recipe
+from pipetrain.training.data import open_data, to_device
+from pipetrain.training.job import Job
+from pipetrain.training.loop import Signals
+from pipetrain.training.optim import build_optimizer
+from pipetrain.worker import TIMEOUT, join, run_process
+
+_SMALL, _LARGE = 64, 4 * 2**20  # bytes of the messages that are measured
+_MESSAGES = 30
+
+
+def run_measuring_worker(argument: str, rank: int) -> None:
+    """Body of a local worker process that measures; the first rank leaves the profile in the run's scratch folder."""
+    job, rows = json.loads(argument)
+    run_process(job, rank, partial(_body, rows=rows, rank=rank))
+
+
+def _body(job: Job, signals: Signals, *, rows: Sequence[int], rank: int) -> Exit:
+    device = join(job, rank, len(job.devices), FileStore(str(job.run.store), len(job.devices)))
+    profile = measure_together(job, rows, device)
+    if profile is not None:
+        job.run.profile.write_text(profile.to_json())
+    dist.destroy_process_group()
+    return Exit.DONE
+
+
+def measure_together(job: Job, rows: Sequence[int], device: torch.device) -> Profile | None:
+    """All ranks of the process group call it.
+
+    All measure the same layers at the same time, as they will compute at the same time: they share what a machine's
+    processes share. The first rank's seconds count, the others' give the slowness of other kinds of devices. Messages
+    are measured between the first two ranks.
+
+    Returns:
+        The profile on the first rank, None on the others.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    process_bytes = _resident_bytes() if device.type == "cpu" else 0
+    kinds: list[str] = [""] * world
+    dist.all_gather_object(kinds, kind_of(device))
+    costs: dict[int, ModelCost] = {}
+    for number in rows:
+        dist.barrier()
+        costs[number] = model_cost(job, number, device)
+    seconds: list[float] = [0.0] * world
+    dist.all_gather_object(seconds, sum(layer.forward_s + layer.backward_s for layer in costs[rows[0]].layers))
+    link = measure_link(connect(device, TIMEOUT), device) if world > 1 else Link()
+    memory: list[float] = [0.0] * world
+    dist.all_gather_object(memory, memory_of(device))
+    if rank != 0:
+        return None
+    return Profile(
+        about={},
+        memory_bytes=dict(zip(kinds, memory, strict=True)),
+        slowness={kind: own / seconds[0] for kind, own in reversed(list(zip(kinds, seconds, strict=True)))},
+        link=link,
+        process_bytes=process_bytes,
+        costs=costs,
+    )
+
+
+def model_cost(job: Job, rows: int, device: torch.device) -> ModelCost:
+    """Measures all layers on micro-batches of `rows` samples of the training data."""
+    cfg = job.cfg
+    recipe = build_recipe(cfg, job.data)
+    inputs, targets = some_batch(cfg, job, rows)
+    conditions = Conditions(
+        device=device,
+        seed=cfg.seed,
+        dtype=torch.float64 if cfg.precision == "fp64" else None,
+        autocast_dtype=AUTOCAST[cfg.precision],
+        observe=partial(measure, make_optimizer=partial(build_optimizer, cfg.optimizer)),
+        announce=lambda layer: _note(job.run.measuring, layer),
+    )
+    bench = Bench(recipe, signatures_of(recipe), conditions)
+    return bench.run((to_device(inputs, cfg, device),), (to_device(targets, cfg, device),))
+
+
+def _note(path: Path, layer: str) -> None:
+    path.write_text(layer)
+
+
+def some_batch(cfg: Config, job: Job, rows: int) -> tuple[Tensor, Tensor]:
+    """The first rows of the training data."""
+    inputs, targets = open_data(cfg, job.data, "train").batch(0)
+    return inputs[:rows], targets[:rows]
+
+
+def measure_link(transport: Transport, device: torch.device) -> Link:
+    """From halves of the time there and back between the first two ranks; the others return what costs nothing."""
+    rank = transport.rank
+    if rank > 1:
+        return Link()
+    medians = []
+    for size in (_SMALL, _LARGE):
+        message, taken = torch.zeros(size // 4, device=device), []
+        wire = Wire(message.numel(), message.dtype)
+        for number in range(_MESSAGES):
+            started = time.perf_counter()
+            for sender in (0, 1):
+                if rank == sender:
+                    transport.send(message, 1 - rank, number).wait()
+                else:
+                    transport.post(wire, 1 - rank, number).wait()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+            taken.append((time.perf_counter() - started) / 2)
+        medians.append(statistics.median(taken))
+    small, large = medians
+    return Link(small, (_LARGE - _SMALL) / max(large - small, 1e-9))
+
+
+def kind_of(device: torch.device) -> str:
+    """What a device is: two of one kind are as fast as each other."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that there are for one rank: of a GPU what is free, of this machine its share."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
+def _resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

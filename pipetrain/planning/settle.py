@@ -1,0 +1,166 @@
+"""Fills in what settings leave to the planner, from a profile that is measured now or was measured before."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import pipetrain
+from pipetrain.config import BALANCES, num_microbatches, num_stages
+from pipetrain.costs import Device
+from pipetrain.errors import ConfigError, Exit, PipetrainError
+from pipetrain.models import Recipe
+from pipetrain.planning.measuring import run_measuring_worker
+from pipetrain.profile.bench import signatures_of
+from pipetrain.profile.signature import shown
+from pipetrain.profile.store import Profile, hashed, load, save
+from pipetrain.schedule import ALWAYS, SELECTIVE
+from pipetrain.sim.balance import even
+from pipetrain.sim.planner import Choice, Forecast, Setting, forecast, plans
+from pipetrain.training.build import build_recipe, is_recomputed
+from pipetrain.training.data import open_data
+from pipetrain.training.job import Job
+from pipetrain.training.plan import Prediction, StagePrediction
+
+# (job, worker, its argument, seconds that it may take) -> exit code; see `launch.run_job`
+RunJob = Callable[[Job, Callable[[str, int], None], str, float], int]
+Say = Callable[[str], None]
+
+
+class MeasuringFailed(PipetrainError):
+    """The layers could not be measured; what went wrong was said before."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("the layers could not be measured (see above); balance=even needs no measuring")
+        self.exit_code = Exit(code)
+
+
+def settle(job: Job, run_job: RunJob, say: Say) -> Job:
+    """The job with nothing left open, and with a prediction where something was.
+
+    Raises:
+        ConfigError: if no plan fits, or measuring takes too long.
+        MeasuringFailed: if it fails.
+    """
+    cfg, num_ranks = job.cfg, len(job.devices)
+    if cfg.balance not in BALANCES or cfg.balance == "even" or num_stages(cfg, num_ranks) == 1:
+        return job
+    recipe = build_recipe(cfg, job.data)
+    setting = setting_of(job, recipe, profile_of(job, recipe, run_job, say))
+    choice = Choice(
+        schedule=cfg.schedule,
+        stages_per_rank=num_stages(cfg, num_ranks) // num_ranks,
+        num_microbatches=num_microbatches(cfg),
+        recompute=tuple(cfg.recompute) if isinstance(cfg.recompute, list) else cfg.recompute,
+        balance=cfg.balance,
+    )
+    best = plans(setting, [choice])[0]
+    as_even = even(len(recipe.layers), len(best.balance))
+    say(_told(best, forecast(setting, choice, as_even)))
+    cfg = dataclasses.replace(cfg, balance=list(best.balance))
+    return dataclasses.replace(job, cfg=cfg, prediction=prediction_of(best))
+
+
+def _told(best: Forecast, as_even: Forecast) -> str:
+    balance, other = (f"[{','.join(map(str, each.balance))}]" for each in (best, as_even))
+    gain = f"; balance=even, which is {other}, would take {as_even.step_s / best.step_s:.2f} times as long"
+    return f"balance={balance} (type that for the same cut again)" + (gain if other != balance else ", as even")
+
+
+def profile_of(job: Job, recipe: Recipe, run_job: RunJob, say: Say) -> Profile:
+    """From the cache, or measured now by worker processes of which there are no more than there is to measure."""
+    rows = [-(-job.cfg.batch_size // num_microbatches(job.cfg))]
+    folder, about = Path(job.cfg.plan.cache_dir).expanduser(), _about(job, recipe)
+    found = load(folder, about)
+    if found is None or not set(rows) <= set(found.costs):
+        found = _measured(job, rows, run_job, say)
+        found = dataclasses.replace(found, about=about)
+        save(folder, found)
+    job.run.profile.write_text(found.to_json())
+    return found
+
+
+def _measured(job: Job, rows: Sequence[int], run_job: RunJob, say: Say) -> Profile:
+    # Equal CPU processes: two tell all, and a message between them.
+    measured = dataclasses.replace(job, devices=job.devices[:2] if job.devices[0] == "cpu" else job.devices)
+    say("measuring the layers, once for these sizes on this machine (balance=even does without)")
+    limit_s = job.cfg.plan.timeout_s
+    try:
+        code = run_job(measured, run_measuring_worker, json.dumps([measured.to_json(), list(rows)]), limit_s)
+    except TimeoutError:
+        layer = job.run.measuring.read_text() if job.run.measuring.exists() else "the first one"
+        raise ConfigError(
+            f"measuring the layers was not done after plan.timeout_s={limit_s:g} seconds, at layer {layer}; "
+            "give it more, or use balance=even"
+        ) from None
+    if code != Exit.DONE:
+        raise MeasuringFailed(code)
+    return Profile.from_json(job.run.profile.read_text())
+
+
+def _about(job: Job, recipe: Recipe) -> dict[str, str]:
+    """Everything that the costs depend on."""
+    cfg = job.cfg
+    inputs, targets = open_data(cfg, job.data, "train").batch(0)
+    takes = [str(recipe.taken_by(place)) for place in range(len(recipe.layers))]
+    wanted = [f"{tensor.dtype}{tuple(tensor.shape[1:])}" for tensor in (inputs, targets)]
+    return {
+        "layers": hashed([*signatures_of(recipe), *takes, shown(recipe.loss_sum)]),
+        "samples": ", ".join(wanted),
+        "devices": ", ".join(sorted(set(map(_device_name, job.devices)))) + ("" if len(job.devices) > 1 else " alone"),
+        "training": f"{cfg.precision} {shown(dataclasses.asdict(cfg.optimizer))} ema={cfg.ema}",
+        "threads": str(cfg.threads),
+        "versions": f"torch {torch.__version__}, pipetrain {pipetrain.__version__}",
+    }
+
+
+def _device_name(device: str) -> str:
+    """Before any process has looked at it."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def setting_of(job: Job, recipe: Recipe, profile: Profile) -> Setting:
+    """What the planner must know of this job."""
+    cfg, gib = job.cfg, job.cfg.plan.memory_gib
+    kinds = list(profile.memory_bytes)
+    policy = SELECTIVE if SELECTIVE in cfg.recompute else ALWAYS  # of the stages that recompute at all
+    share = len(job.devices) if job.devices[0] == "cpu" else 1
+    devices = [
+        Device(
+            name,
+            memory_bytes=(profile.memory_bytes[kind] / share) if gib is None else gib * 2**30,
+            slowness=profile.slowness[kind],
+        )
+        for name, kind in ((name, _kind_of(name, kinds)) for name in job.devices)
+    ]
+    return Setting(
+        model=profile.costs.__getitem__,
+        batch_size=cfg.batch_size,
+        devices=tuple(devices),
+        link=profile.link,
+        recomputed=tuple(is_recomputed(cfg, policy, layer.name) for layer in recipe.layers),
+        process_bytes=profile.process_bytes,
+    )
+
+
+def _kind_of(device: str, kinds: Sequence[str]) -> str:
+    return kinds[0] if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def prediction_of(best: Forecast) -> Prediction:
+    """For the plan of the run, and to be compared with what is measured."""
+    return Prediction(
+        step_s=best.step_s,
+        bubble_fraction=best.bubble_fraction,
+        stages=[
+            StagePrediction(
+                forward_s=stage.cost.forward_s,
+                backward_s=stage.cost.backward_s + stage.cost.backward_weight_s,
+                idle_s=stage.idle_s,
+                memory=dataclasses.asdict(stage.memory),
+            )
+            for stage in best.stages
+        ],
+    )
