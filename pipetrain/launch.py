@@ -9,15 +9,12 @@ import fcntl
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +32,11 @@ from pipetrain.config import (
     wanted_ranks,
 )
 from pipetrain.devices import parse_devices
+from pipetrain.environment import write_environment
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.models import DoesNotFit, Recipe, check_layers, try_out
 from pipetrain.paths import RunPaths
-from pipetrain.planning.settle import settle
+from pipetrain.planning.settle import settle, settle_together
 from pipetrain.processes import Ended, run_workers
 from pipetrain.torchrun import Place
 from pipetrain.training import checkpoint, status
@@ -82,8 +80,9 @@ def launch(cfg: Config, root: Path) -> int:
     if place is not None:
         with _locked(run) if place.rank == 0 else contextlib.nullcontext():
             return _run_as_torchrun_rank(job, place.rank)
+    job = settle(job, run_job, _say)
     with _locked(run):
-        return _run_local_workers(settle(job, run_job, _say))
+        return _run_local_workers(job)
 
 
 # ---- before a worker starts --------------------------------------------------------------------------------------
@@ -227,7 +226,7 @@ def _locked(run: RunPaths) -> Iterator[None]:
 
 def _run_local_workers(job: Job) -> int:
     run = job.run
-    _write_environment(run)
+    write_environment(run)
     _say(f"run folder: {_shown(run.root)}")
     if job.devices[0] == "cpu" and len(job.devices) > 1:
         stages = num_stages(job.cfg, len(job.devices))
@@ -322,10 +321,10 @@ def _silent_death(silent: dict[int, int]) -> str:
 def _run_as_torchrun_rank(job: Job, rank: int) -> int:
     """torchrun shows what its processes print: the failing rank speaks, its victims keep silent."""
     if rank == 0:
-        _write_environment(job.run)
+        write_environment(job.run)
         _say(f"run folder: {_shown(job.run.root)}")
     try:
-        code = run_torchrun_rank(job)
+        code = run_torchrun_rank(job, settle_together)
         if rank == 0 and code in _SAVED:
             _say_what_next(job, code)
         return int(code)
@@ -375,27 +374,3 @@ def _command(name: str) -> str:
     """How the user starts a program of this environment: by name, or by path where it is not active."""
     beside = Path(sys.executable).parent / name
     return _shown(beside) if shutil.which(name) is None and beside.exists() else name
-
-
-def _write_environment(run: RunPaths) -> None:
-    packages = (
-        "torch",
-        "torchvision",
-        "hydra-core",
-        "omegaconf",
-        "numpy",
-        "sentencepiece",
-        "tensorboard",
-        "safetensors",
-    )
-    content = {
-        "pipetrain": metadata.version("pipetrain"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in packages},
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cores": len(os.sched_getaffinity(0)),
-        "command": shlex.join(sys.argv),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    run.environment.write_text(json.dumps(content, indent=2))

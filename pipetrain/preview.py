@@ -29,7 +29,6 @@ def preview(cfg: Config, root: Path) -> int:
         raise ConfigError("action=plan starts no processes and needs none: run it without torchrun")
     run = RunPaths(root.absolute())
     job = prepare(cfg, run, torch.cuda.device_count(), say=_say)
-    run.root.mkdir(parents=True, exist_ok=True)
     job = settle(job, run_job, _say)
     cfg = job.cfg
     recipe = build_recipe(cfg, job.data)
@@ -38,6 +37,7 @@ def preview(cfg: Config, root: Path) -> int:
     schedule = build_schedule(cfg, recipe, balance, num_ranks)
     parameters = _parameters(recipe, balance)
     plan = make_plan(schedule, job.devices, recipe, balance, parameters, cfg.recompute, job.prediction)
+    run.root.mkdir(parents=True, exist_ok=True)
     run.plan.write_text(plan.to_json())
     run.schedule_picture.write_text(svg({schedule.name: timeline(schedule)}, schedule.placement))
     for line in (*plan.table(), *drawn(schedule)):

@@ -29,6 +29,7 @@ from pipetrain.training.job import Job
 from pipetrain.training.loop import Request, Signals, train
 from pipetrain.training.memory import memory_advice
 
+Settle = Callable[[Job, torch.device], Job]
 TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -54,6 +55,7 @@ def run_process(job_json: str, rank: int, body: Callable[[Job, Signals], Exit]) 
     faulthandler.enable()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     job = Job.from_json(job_json)
+    _log_to(job, rank)
     job.run.pid(rank).write_text(str(os.getpid()))
     try:
         code = body(job, signals)
@@ -66,25 +68,25 @@ def run_process(job_json: str, rank: int, body: Callable[[Job, Signals], Exit]) 
     os._exit(code)
 
 
-def run_torchrun_rank(job: Job) -> Exit:
+def run_torchrun_rank(job: Job, settle: Settle) -> Exit:
     """Runs this process as one rank of the job that torchrun (or another launcher with its variables) started."""
     signals = Signals()
     _listen(signals)
-    return run_rank(job, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), signals, None)
+    return run_rank(job, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), signals, None, settle)
 
 
-def run_rank(job: Job, rank: int, world: int, signals: Signals, store: Store | None) -> Exit:
+def run_rank(
+    job: Job, rank: int, world: int, signals: Signals, store: Store | None, settle: Settle = lambda job, device: job
+) -> Exit:
     """Joins the process group and trains this rank's stage.
 
     Args:
         store: where the ranks find each other; None takes torchrun's variables.
+        settle: chooses what the job leaves open, on all ranks together.
     """
     device = join(job, rank, world, store)
-    job = _with_common_folder(job)
-    logging.basicConfig(
-        filename=job.run.log, level=logging.INFO, format=f"[%(asctime)s][stage {rank}] %(message)s", force=True
-    )
-    logging.captureWarnings(True)
+    job = settle(_with_common_folder(job), device)
+    _log_to(job, rank)
     code = train(job, connect(device, TIMEOUT), device, signals)
     dist.destroy_process_group()
     return code
@@ -107,6 +109,13 @@ def join(job: Job, rank: int, world: int, store: Store | None) -> torch.device:
     except RuntimeError as error:
         raise PeerLost(f"the ranks did not find each other: {error}") from error
     return device
+
+
+def _log_to(job: Job, rank: int) -> None:
+    logging.basicConfig(
+        filename=job.run.log, level=logging.INFO, format=f"[%(asctime)s][stage {rank}] %(message)s", force=True
+    )
+    logging.captureWarnings(True)
 
 
 def _with_common_folder(job: Job) -> Job:

@@ -30,14 +30,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": BASE | {"config", "schedule", "sim", "models", "data", "partition", "engine"},
     "pipeline": {"engine", "errors", "models", "partition", "schedule", "sim", "suggest", "training"},
     "profile": {"costs", "engine", "models", "partition", "schedule", "seeds"},
+    "environment": {"paths"},
     "planning": BASE | {"config", "engine", "models", "partition", "profile", "schedule", "sim", "training", "worker"},
     "processes": set(),
     "torchrun": {"errors"},
     "worker": {"processes", "training", "engine", "errors", "paths"},
-    "check": BASE | {"config", "models", "partition", "schedule", "training", "torchrun", "worker", "launch"},
+    "check": BASE
+    | {"config", "launch", "models", "partition", "planning", "schedule", "torchrun", "training", "worker"},
     "preview": {"config", "errors", "launch", "models", "paths", "planning", "schedule", "torchrun", "training"},
     "launch": BASE
-    | {"planning", "processes", "torchrun", "training", "worker", "config", "rules", "models", "data", "devices"},
+    | {"config", "data", "devices", "environment", "models", "planning", "processes", "rules", "torchrun", "training"}
+    | {"worker"},
 }
 # The front end: may use anything below it, launch only inside the function that starts a run.
 FRONT = {"cli", "__main__", "argv", "mistakes", "help", "sweep", "footprint"}

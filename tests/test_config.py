@@ -223,7 +223,12 @@ BAD = [
     ({"devices": 2, "balance": [0, 3]}, "balance=[0,3] must be a list of whole numbers, each at least 1"),
     ({"devices": 2, "balance": [1.5, 3]}, "balance=[1.5,3] must be a list of whole numbers"),
     ({"devices": 2, "balance": []}, "balance=[] must be a list of whole numbers"),
-    ({"balance": "auto"}, "balance=auto must be even or a list of layers per stage, such as balance=[2,3,3]"),
+    ({"balance": "best"}, "balance=best must be even, auto, least_variance or a list of layers per stage, such as"),
+    (
+        {"plan__memory_gib": -1.0},
+        "plan.memory_gib=-1.0 must be greater than 0 and finite; use null for what the devices",
+    ),
+    ({"plan__timeout_s": 0.5}, "plan.timeout_s=0.5 must be at least 1"),
     (
         {"micro_batches": 9, "batch_size": 8},
         "micro_batches=9 is more than batch_size=8: a micro-batch needs at least one sample; use micro_batches=8",

@@ -29,6 +29,7 @@ from pipetrain.config import CheckpointConfig, Config, EvalConfig, num_microbatc
 from pipetrain.errors import ConfigError, Exit
 from pipetrain.launch import prepare, run_job
 from pipetrain.paths import RunPaths
+from pipetrain.planning.settle import settle
 from pipetrain.schedule import ALWAYS, WEIGHT_GRADIENTS, generate
 from pipetrain.torchrun import Place
 from pipetrain.training.job import Job
@@ -66,7 +67,7 @@ def check(cfg: Config, root: Path) -> int:
         raise ConfigError("action=check starts its own processes: run it without torchrun")
     folder = RunPaths(root).check
     try:
-        job = prepare(cfg, RunPaths(folder / "yours"), torch.cuda.device_count(), say=_say)
+        job = settle(prepare(cfg, RunPaths(folder / "yours"), torch.cuda.device_count(), say=_say), run_job, _say)
         rows = _Runs(_shortened(job)).rows()
     except _Ended as ended:
         return ended.code
@@ -171,7 +172,7 @@ class _Runs:
         """Raises: _Ended if the run did not."""
         _say(title)
         run = RunPaths(self._folder / name)
-        run.root.mkdir(parents=True)
+        run.root.mkdir(parents=True, exist_ok=True)
         code = run_job(dataclasses.replace(job, run=run), worker)
         if code != Exit.DONE:
             raise _Ended(code)

@@ -7,7 +7,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,19 +44,25 @@ def run_measuring_worker(argument: str, rank: int) -> None:
 
 def _body(job: Job, signals: Signals, *, rows: Sequence[int], rank: int) -> Exit:
     device = join(job, rank, len(job.devices), FileStore(str(job.run.store), len(job.devices)))
-    profile = measure_together(job, rows, device)
+    profile = measure_together(job, rows, device, job.run.measuring.write_text)
     if profile is not None:
         job.run.profile.write_text(profile.to_json())
     dist.destroy_process_group()
     return Exit.DONE
 
 
-def measure_together(job: Job, rows: Sequence[int], device: torch.device) -> Profile | None:
+def measure_together(
+    job: Job, rows: Sequence[int], device: torch.device, announce: Callable[[str], object] = lambda layer: None
+) -> Profile | None:
     """All ranks of the process group call it.
 
     All measure the same layers at the same time, as they will compute at the same time: they share what a machine's
     processes share. The first rank's seconds count, the others' give the slowness of other kinds of devices. Messages
     are measured between the first two ranks.
+
+    Args:
+        rows: samples in a micro-batch, one or several sizes.
+        announce: is told the name of each layer before it is measured.
 
     Returns:
         The profile on the first rank, None on the others.
@@ -68,7 +74,7 @@ def measure_together(job: Job, rows: Sequence[int], device: torch.device) -> Pro
     costs: dict[int, ModelCost] = {}
     for number in rows:
         dist.barrier()
-        costs[number] = model_cost(job, number, device)
+        costs[number] = model_cost(job, number, device, announce)
     seconds: list[float] = [0.0] * world
     dist.all_gather_object(seconds, sum(layer.forward_s + layer.backward_s for layer in costs[rows[0]].layers))
     link = measure_link(connect(device, TIMEOUT), device) if world > 1 else Link()
@@ -86,7 +92,7 @@ def measure_together(job: Job, rows: Sequence[int], device: torch.device) -> Pro
     )
 
 
-def model_cost(job: Job, rows: int, device: torch.device) -> ModelCost:
+def model_cost(job: Job, rows: int, device: torch.device, announce: Callable[[str], object]) -> ModelCost:
     """Measures all layers on micro-batches of `rows` samples of the training data."""
     cfg = job.cfg
     recipe = build_recipe(cfg, job.data)
@@ -97,14 +103,10 @@ def model_cost(job: Job, rows: int, device: torch.device) -> ModelCost:
         dtype=torch.float64 if cfg.precision == "fp64" else None,
         autocast_dtype=AUTOCAST[cfg.precision],
         observe=partial(measure, make_optimizer=partial(build_optimizer, cfg.optimizer)),
-        announce=lambda layer: _note(job.run.measuring, layer),
+        announce=announce,
     )
     bench = Bench(recipe, signatures_of(recipe), conditions)
     return bench.run((to_device(inputs, cfg, device),), (to_device(targets, cfg, device),))
-
-
-def _note(path: Path, layer: str) -> None:
-    path.write_text(layer)
 
 
 def some_batch(cfg: Config, job: Job, rows: int) -> tuple[Tensor, Tensor]:
@@ -141,10 +143,11 @@ def kind_of(device: torch.device) -> str:
     """What a device is: two of one kind are as fast as each other."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Of this machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import pipetrain
-from pipetrain.config import BALANCES, num_microbatches, num_stages
+from pipetrain.config import num_microbatches, num_stages
 from pipetrain.costs import Device
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.models import Recipe
-from pipetrain.planning.measuring import run_measuring_worker
+from pipetrain.paths import RunPaths
+from pipetrain.planning.measuring import cpu_name, measure_together, run_measuring_worker
 from pipetrain.profile.bench import signatures_of
 from pipetrain.profile.signature import shown
 from pipetrain.profile.store import Profile, hashed, load, save
@@ -44,11 +48,56 @@ def settle(job: Job, run_job: RunJob, say: Say) -> Job:
         ConfigError: if no plan fits, or measuring takes too long.
         MeasuringFailed: if it fails.
     """
-    cfg, num_ranks = job.cfg, len(job.devices)
-    if cfg.balance not in BALANCES or cfg.balance == "even" or num_stages(cfg, num_ranks) == 1:
+    if not _is_open(job):
         return job
-    recipe = build_recipe(cfg, job.data)
-    setting = setting_of(job, recipe, profile_of(job, recipe, run_job, say))
+    recipe = build_recipe(job.cfg, job.data)
+    about, rows = _about(job, recipe), _rows(job)
+    profile = _kept(job, about, rows)
+    if profile is None:
+        profile = _keep(job, _measured(job, rows, run_job, say), about)
+    return _settled(job, recipe, profile, say)
+
+
+def settle_together(job: Job, device: torch.device) -> Job:
+    """As `settle`, where all ranks of a process group call it: they measure, and the first one decides for all.
+
+    Raises:
+        ConfigError: on every rank, if no plan fits.
+    """
+    if not _is_open(job):
+        return job
+    recipe, rank = build_recipe(job.cfg, job.data), dist.get_rank()
+    about, rows = _about(job, recipe), _rows(job)
+    profile = _kept(job, about, rows) if rank == 0 else None
+    is_kept = [profile is not None]
+    dist.broadcast_object_list(is_kept, src=0)
+    if not is_kept[0]:
+        measured = measure_together(job, rows, device)
+        profile = _keep(job, measured, about) if measured is not None else None
+    said: list[Any] = [None, ""]
+    if profile is not None:
+        try:
+            said[0] = _settled(job, recipe, profile, print).to_json()
+        except ConfigError as error:
+            said[1] = str(error)
+    dist.broadcast_object_list(said, src=0)
+    if said[1]:
+        raise ConfigError(said[1])
+    return Job.from_json(said[0])
+
+
+def _is_open(job: Job) -> bool:
+    """Whether there is something to choose."""
+    return job.cfg.balance in ("auto", "least_variance") and num_stages(job.cfg, len(job.devices)) > 1
+
+
+def _rows(job: Job) -> list[int]:
+    """The samples of the largest micro-batches."""
+    return [-(-job.cfg.batch_size // num_microbatches(job.cfg))]
+
+
+def _settled(job: Job, recipe: Recipe, profile: Profile, say: Say) -> Job:
+    cfg, num_ranks = job.cfg, len(job.devices)
     choice = Choice(
         schedule=cfg.schedule,
         stages_per_rank=num_stages(cfg, num_ranks) // num_ranks,
@@ -56,11 +105,13 @@ def settle(job: Job, run_job: RunJob, say: Say) -> Job:
         recompute=tuple(cfg.recompute) if isinstance(cfg.recompute, list) else cfg.recompute,
         balance=cfg.balance,
     )
+    setting = _setting(job, recipe, profile)
     best = plans(setting, [choice])[0]
-    as_even = even(len(recipe.layers), len(best.balance))
-    say(_told(best, forecast(setting, choice, as_even)))
+    job.run.root.mkdir(parents=True, exist_ok=True)
+    job.run.profile.write_text(profile.to_json())
+    say(_told(best, forecast(setting, choice, even(len(recipe.layers), len(best.balance)))))
     cfg = dataclasses.replace(cfg, balance=list(best.balance))
-    return dataclasses.replace(job, cfg=cfg, prediction=prediction_of(best))
+    return dataclasses.replace(job, cfg=cfg, prediction=_prediction(best))
 
 
 def _told(best: Forecast, as_even: Forecast) -> str:
@@ -69,35 +120,38 @@ def _told(best: Forecast, as_even: Forecast) -> str:
     return f"balance={balance} (type that for the same cut again)" + (gain if other != balance else ", as even")
 
 
-def profile_of(job: Job, recipe: Recipe, run_job: RunJob, say: Say) -> Profile:
-    """From the cache, or measured now by worker processes of which there are no more than there is to measure."""
-    rows = [-(-job.cfg.batch_size // num_microbatches(job.cfg))]
-    folder, about = Path(job.cfg.plan.cache_dir).expanduser(), _about(job, recipe)
-    found = load(folder, about)
-    if found is None or not set(rows) <= set(found.costs):
-        found = _measured(job, rows, run_job, say)
-        found = dataclasses.replace(found, about=about)
-        save(folder, found)
-    job.run.profile.write_text(found.to_json())
-    return found
+def _kept(job: Job, about: Mapping[str, str], rows: Sequence[int]) -> Profile | None:
+    """What was measured before, if it is all that is asked for."""
+    found = load(Path(job.cfg.plan.cache_dir).expanduser(), about)
+    return found if found is not None and set(rows) <= set(found.costs) else None
+
+
+def _keep(job: Job, profile: Profile, about: Mapping[str, str]) -> Profile:
+    profile = dataclasses.replace(profile, about=about)
+    save(Path(job.cfg.plan.cache_dir).expanduser(), profile)
+    return profile
 
 
 def _measured(job: Job, rows: Sequence[int], run_job: RunJob, say: Say) -> Profile:
+    """By worker processes, in a folder that is gone afterwards."""
     # Equal CPU processes: two tell all, and a message between them.
-    measured = dataclasses.replace(job, devices=job.devices[:2] if job.devices[0] == "cpu" else job.devices)
+    devices = job.devices[:2] if job.devices[0] == "cpu" else job.devices
     say("measuring the layers, once for these sizes on this machine (balance=even does without)")
     limit_s = job.cfg.plan.timeout_s
-    try:
-        code = run_job(measured, run_measuring_worker, json.dumps([measured.to_json(), list(rows)]), limit_s)
-    except TimeoutError:
-        layer = job.run.measuring.read_text() if job.run.measuring.exists() else "the first one"
-        raise ConfigError(
-            f"measuring the layers was not done after plan.timeout_s={limit_s:g} seconds, at layer {layer}; "
-            "give it more, or use balance=even"
-        ) from None
-    if code != Exit.DONE:
-        raise MeasuringFailed(code)
-    return Profile.from_json(job.run.profile.read_text())
+    with tempfile.TemporaryDirectory(prefix="pipetrain-") as folder:
+        run = RunPaths(Path(folder))
+        measured = dataclasses.replace(job, devices=devices, run=run)
+        try:
+            code = run_job(measured, run_measuring_worker, json.dumps([measured.to_json(), list(rows)]), limit_s)
+        except TimeoutError:
+            layer = run.measuring.read_text() if run.measuring.exists() else "the first one"
+            raise ConfigError(
+                f"measuring the layers was not done after plan.timeout_s={limit_s:g} seconds, at layer {layer}; "
+                "give it more, or use balance=even"
+            ) from None
+        if code != Exit.DONE:
+            raise MeasuringFailed(code)
+        return Profile.from_json(run.profile.read_text())
 
 
 def _about(job: Job, recipe: Recipe) -> dict[str, str]:
@@ -109,7 +163,7 @@ def _about(job: Job, recipe: Recipe) -> dict[str, str]:
     return {
         "layers": hashed([*signatures_of(recipe), *takes, shown(recipe.loss_sum)]),
         "samples": ", ".join(wanted),
-        "devices": ", ".join(sorted(set(map(_device_name, job.devices)))) + ("" if len(job.devices) > 1 else " alone"),
+        "devices": ", ".join(sorted(set(map(_device_name, job.devices)))),
         "training": f"{cfg.precision} {shown(dataclasses.asdict(cfg.optimizer))} ema={cfg.ema}",
         "threads": str(cfg.threads),
         "versions": f"torch {torch.__version__}, pipetrain {pipetrain.__version__}",
@@ -118,10 +172,10 @@ def _about(job: Job, recipe: Recipe) -> dict[str, str]:
 
 def _device_name(device: str) -> str:
     """Before any process has looked at it."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
 
 
-def setting_of(job: Job, recipe: Recipe, profile: Profile) -> Setting:
+def _setting(job: Job, recipe: Recipe, profile: Profile) -> Setting:
     """What the planner must know of this job."""
     cfg, gib = job.cfg, job.cfg.plan.memory_gib
     kinds = list(profile.memory_bytes)
@@ -149,7 +203,7 @@ def _kind_of(device: str, kinds: Sequence[str]) -> str:
     return kinds[0] if device == "cpu" else torch.cuda.get_device_name(device)
 
 
-def prediction_of(best: Forecast) -> Prediction:
+def _prediction(best: Forecast) -> Prediction:
     """For the plan of the run, and to be compared with what is measured."""
     return Prediction(
         step_s=best.step_s,

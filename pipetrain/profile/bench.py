@@ -19,11 +19,9 @@ from pipetrain.profile.signature import signature
 from pipetrain.schedule import BATCH
 from pipetrain.seeds import seeded
 
-_MICROBATCH = 0
-
 
 class LayerOnBench:
-    """One layer with the values that it takes, ready to run any number of times."""
+    """One layer with the values that it takes, ready to run any number of times, `m` being the micro-batch."""
 
     def __init__(
         self,
@@ -45,11 +43,11 @@ class LayerOnBench:
     def module(self) -> nn.Module:
         return self.stage.layers[0].module
 
-    def forward(self, *, keep_graph: bool) -> Values:
+    def forward(self, m: int = 0, *, keep_graph: bool) -> Values:
         """Begins a micro-batch; returns what the layer makes."""
         self.stage.train(True)
         values = self.stage.forward(
-            _MICROBATCH,
+            m,
             self.values,
             targets=self.targets if self.stage.is_last else (),
             key=self._wired.key,
@@ -58,8 +56,8 @@ class LayerOnBench:
         )
         return {value: x for value, x in values.items() if value[0] >= self._number}
 
-    def recompute(self) -> None:
-        self.stage.recompute(_MICROBATCH)
+    def recompute(self, m: int = 0) -> None:
+        self.stage.recompute(m)
 
     def gradients(self) -> Values:
         """For a backward to start from."""
@@ -73,11 +71,11 @@ class LayerOnBench:
             if isinstance(kind, TensorSpec) and kind.needs_grad
         }
 
-    def backward(self, gradients: Values, *, split: bool = False) -> None:
-        self.stage.backward(_MICROBATCH, gradients, split=split)
+    def backward(self, gradients: Values, m: int = 0, *, split: bool = False) -> None:
+        self.stage.backward(m, gradients, split=split)
 
-    def backward_weight(self) -> None:
-        self.stage.backward_weight(_MICROBATCH)
+    def backward_weight(self, m: int = 0) -> None:
+        self.stage.backward_weight(m)
 
     def made(self) -> list[tuple[ValueId, LeafKind]]:
         """What it makes; known once it has run."""
@@ -120,7 +118,7 @@ class Conditions:
     dtype: torch.dtype | None
     autocast_dtype: torch.dtype | None
     observe: Callable[[LayerOnBench], Observed]
-    announce: Callable[[str], None] = lambda layer: None
+    announce: Callable[[str], object] = lambda layer: None
 
 
 def signatures_of(recipe: Recipe) -> list[str]:
