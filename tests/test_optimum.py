@@ -4,12 +4,13 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from pipetrain.errors import ConfigError
 from pipetrain.sim.balance import even
-from pipetrain.sim.optimum import Chain, Seat, fastest, slowest_s
+from pipetrain.sim.optimum import Chain, Seat, fastest, fits_memory, leanest, least_variance, slowest_s
 
 
 def all_balances(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:
@@ -76,6 +77,46 @@ def test_it_is_the_best_of_all_balances(hundred: int) -> None:
         found = fastest(chain, seats)
         assert found == balances[0], (number, chain, seats, least)
         assert slowest_s(chain, seats, found) == least
+
+
+def squares_of(chain: Chain, seats: list[Seat], balance: tuple[int, ...]) -> float:
+    ends = list(itertools.accumulate(balance))
+    return sum(
+        (
+            seat.slowness * sum(chain.seconds[end - number : end])
+            + (chain.border_s[end - number] if chain.border_s and end > number else 0.0)
+            + (chain.border_s[end] if chain.border_s and end < len(chain.seconds) else 0.0)
+        )
+        ** 2
+        for seat, end, number in zip(seats, ends, balance, strict=True)
+    )
+
+
+@pytest.mark.parametrize("hundred", range(5))
+def test_least_variance_has_the_least_sum_of_squares_of_all_balances(hundred: int) -> None:
+    for number in range(100 * hundred, 100 * (hundred + 1)):
+        chain, seats = random_case(number)
+        allowed = [b for b in all_balances(len(chain.seconds), len(seats)) if fits_memory(chain, seats, b)]
+        if allowed:
+            least = min(squares_of(chain, seats, balance) for balance in allowed)
+            assert squares_of(chain, seats, least_variance(chain, seats)) == least, number
+
+
+def test_the_leanest_balance_needs_the_least_memory() -> None:
+    for number in range(300):
+        chain, seats = random_case(number)
+        seats = [replace(seat, memory_bytes=10.0) for seat in seats]
+
+        def needs(balance: tuple[int, ...], chain: Chain = chain, seats: list[Seat] = seats) -> float:
+            """The factor by which the memory must grow."""
+            factors = (x / 1000 for x in range(100_000))
+            return next(
+                f for f in factors if fits_memory(chain, [replace(s, memory_bytes=10 * f) for s in seats], balance)
+            )
+
+        least = min(map(needs, all_balances(len(chain.seconds), len(seats)))) if len(chain.seconds) < 5 else None
+        if least is not None:
+            assert needs(leanest(chain, seats)) <= 1.002 * least + 0.002, number
 
 
 def test_equal_layers_are_cut_as_even_does() -> None:

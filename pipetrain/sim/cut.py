@@ -20,6 +20,7 @@ class StageBytes:
             are not recomputed.
         graph: what the graphs of all layers keep between the forward and the backward of one micro-batch, inputs among
             it.
+        between: what lives beside `graph` between the halves of a backward.
         forward: the most that a forward needs beside `inputs` where it is recomputed later.
         building, backward: the most that a forward which keeps its graphs, or a backward, needs beside `graph`.
     """
@@ -30,6 +31,7 @@ class StageBytes:
     outputs: int
     kept: int
     graph: int
+    between: int
     forward: int
     building: int
     backward: int
@@ -135,6 +137,7 @@ def _bytes_of(
         outputs=outputs,
         kept=kept,
         graph=graph,
+        between=sum(layer.between_bytes for layer in layers),
         forward=max(layer.forward_bytes for layer in layers),
         building=max(layer.forward_bytes - layer.graph_bytes for layer in layers),
         backward=max(

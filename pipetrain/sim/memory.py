@@ -17,7 +17,7 @@ class Memory:
         in_flight: kept of micro-batches from their forward to their backward, or to their recompute.
         recomputed: graphs that a recompute has made.
         messages: on their way, or come and not taken yet.
-        working: what the action that runs needs by itself.
+        working: what the action that runs needs by itself, and what lives between the halves of backwards.
     """
 
     weights: int = 0
@@ -85,14 +85,14 @@ class _StageNow:
         self._updates = 0
         self._weights: dict[tuple[int, int], int] = {}  # the version that each micro-batch in flight has seen
         self._held: dict[tuple[int, int], tuple[int, int]] = {}  # by each of them: in flight, recomputed
-        self._gradients = self._in_flight = self._graphs = self._sent = self._working = 0
+        self._between = self._gradients = self._in_flight = self._graphs = self._sent = self._working = 0
         self._updates = 0
         self._users: Counter[int] = Counter()  # of each version of the weights, the micro-batches in flight
         self._version_of: dict[tuple[int, int], int] = {}
 
     def total(self) -> int:
         stage = self._stage
-        held = self._in_flight + self._graphs + self._posted + self._sent + self._working
+        held = self._in_flight + self._graphs + self._posted + self._sent + self._working + self._between
         return stage.parameters + self._gradients + stage.optimizer + self._versions() + held
 
     def now(self) -> Memory:
@@ -104,7 +104,7 @@ class _StageNow:
             in_flight=self._in_flight,
             recomputed=self._graphs,
             messages=self._posted + self._sent,
-            working=self._working,
+            working=self._working + self._between,
         )
 
     def _versions(self) -> int:
@@ -134,11 +134,14 @@ class _StageNow:
         """The moment behind it."""
         stage, kind = self._stage, action.kind
         self._working = 0
-        if kind is Kind.FORWARD:
+        if kind is Kind.BACKWARD_INPUT:
+            self._between += stage.between
+        elif kind is Kind.FORWARD:
             self._in_flight += stage.kept * (action in self._recomputed)
             self._sent += stage.outputs * self._sends
         elif kind in WEIGHT_GRADIENTS:
             which = (action.step, action.microbatch)
+            self._between -= stage.between * (kind is Kind.BACKWARD_WEIGHT)
             if Action(Kind.FORWARD, action.stage, action.microbatch, action.step) in self._recomputed:
                 self._graphs -= max(stage.graph, stage.inputs)
             else:

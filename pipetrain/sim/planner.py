@@ -8,9 +8,9 @@ the simulator and the memory model say of its schedule, never the estimate.
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 
 from pipetrain.costs import Device, LayerCost, Link, ModelCost, StageCost
@@ -26,6 +26,9 @@ from pipetrain.sim.simulate import simulate
 AUTO, EVEN, LEAST_VARIANCE = "auto", "even", "least_variance"
 # How many of the estimates are simulated, and how many actions all of these may have together at most.
 _MOST_SIMULATED, _MOST_ACTIONS = 24, 1_000_000
+# Stages have more or less than equal shares of their rank's memory: balances for some are walked through, the fastest
+# one first, where a schedule has no more actions than this.
+_SHARES, _MOST_WALKED = (2.0, 1.5, 1.25, 1.0, 0.85), 20_000
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,7 @@ def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Fore
     for span in spans:
         busy_s[schedule.placement[span.action.stage]] += span.seconds
     used = memory(schedule, cut.bytes())
-    rank_bytes = [setting.process_bytes] * schedule.num_ranks
-    for stage, rank in enumerate(schedule.placement):
-        rank_bytes[rank] += used[stage].total
+    rank_bytes = _rank_bytes(setting, schedule, used)
     step_s = max(span.end_s for span in spans)
     return Forecast(
         choice=choice,
@@ -159,8 +160,26 @@ def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Fore
             for s, (cost, rank) in enumerate(zip(costs, schedule.placement, strict=True))
         ),
         rank_bytes=tuple(rank_bytes),
-        fits=all(need <= device.memory_bytes for need, device in zip(rank_bytes, setting.devices, strict=True)),
+        fits=_is_enough(setting, rank_bytes),
     )
+
+
+def _fits(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> bool:
+    """Whether every rank has what it needs in its fullest moment."""
+    schedule = schedule_of(setting, choice)
+    used = memory(schedule, Cut(setting.model_of(choice.num_microbatches), balance, setting.recomputed).bytes())
+    return _is_enough(setting, _rank_bytes(setting, schedule, used))
+
+
+def _rank_bytes(setting: Setting, schedule: Schedule, used: Sequence[Memory]) -> list[int]:
+    rank_bytes = [setting.process_bytes] * schedule.num_ranks
+    for stage, rank in enumerate(schedule.placement):
+        rank_bytes[rank] += used[stage].total
+    return rank_bytes
+
+
+def _is_enough(setting: Setting, rank_bytes: Sequence[int]) -> bool:
+    return all(need <= device.memory_bytes for need, device in zip(rank_bytes, setting.devices, strict=True))
 
 
 def schedule_of(setting: Setting, choice: Choice) -> Schedule:
@@ -233,12 +252,20 @@ def _balance(
     wanted = (choice.num_microbatches, tuple(chain.seconds), choice.balance, tuple(seat.slowness for seat in seats))
     if wanted not in unlimited:
         unlimited[wanted] = best(chain, [replace(seat, memory_bytes=math.inf) for seat in seats])
-    if fits_memory(chain, seats, unlimited[wanted]):
+    if 4 * len(seats) * choice.num_microbatches > _MOST_WALKED:  # what the chain says of memory must be enough
+        shares: Sequence[float] = (1.0,)
+        fits = partial(fits_memory, chain, seats)
+    else:
+        shares, fits = _SHARES, partial(_fits, setting, choice)
+    if fits(unlimited[wanted]):
         return unlimited[wanted], True
-    try:
-        return best(chain, seats), True
-    except ConfigError:
-        return leanest(chain, seats), False
+    for share in shares:
+        with suppress(ConfigError):
+            found = best(chain, [replace(seat, memory_bytes=share * seat.memory_bytes) for seat in seats])
+            if fits(found):
+                return found, True
+    found = leanest(chain, seats)
+    return found, fits(found)
 
 
 def _chain(setting: Setting, model: ModelCost, choice: Choice) -> Chain:

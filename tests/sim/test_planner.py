@@ -1,0 +1,121 @@
+"""The planner against all that it could have chosen, simulated one by one."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from pipetrain.costs import Device, LayerCost, Link, ModelCost, ValueCost
+from pipetrain.errors import ConfigError
+from pipetrain.sim.planner import Choice, FitsNowhere, Forecast, Setting, forecast, plans
+
+SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("zb_h1", 1), ("interleaved", 2), ("zb_v", 2))
+CHOICES = [
+    Choice(schedule, each, m, recompute)
+    for (schedule, each), m, recompute in itertools.product(SCHEDULES, (2, 4, 8), ("always", "except_last", "never"))
+]
+
+
+def model(seconds: list[float], rows: int) -> ModelCost:
+    """A chain; a fifth of a layer's time does not depend on the samples."""
+    layers = tuple(
+        LayerCost(
+            name=f"layer{number}",
+            forward_s=f * (rows + 1) / 5,
+            backward_s=2 * f * (rows + 1) / 5,
+            input_s=f * (rows + 1) / 5,
+            weight_s=f * (rows + 1) / 5,
+            update_s=0.01,
+            parameters=100,
+            parameter_bytes=400,
+            optimizer_bytes=800,
+            graph_bytes=int(1000 * f) * rows,
+            between_bytes=0,
+            forward_bytes=int(1500 * f) * rows,
+            backward_bytes=100 * rows,
+        )
+        for number, f in enumerate(seconds)
+    )
+    n = len(seconds)
+    values = [ValueCost(i, 100 * rows, (i + 1,) if i + 1 < n else (), (), has_gradient=True) for i in range(n)]
+    return ModelCost(rows, layers, (ValueCost(-1, 50 * rows, (0,), (), has_gradient=False), *values))
+
+
+def setting(seconds: list[float], num_ranks: int, memory_bytes: float = math.inf, slowness: float = 1.0) -> Setting:
+    devices = [Device("first", memory_bytes, slowness), *[Device("other", memory_bytes)] * (num_ranks - 1)]
+    return Setting(
+        model=lambda rows: model(seconds, rows),
+        batch_size=16,
+        devices=tuple(devices),
+        link=Link(0.01, 1e5),
+        recomputed=(True,) * len(seconds),
+        process_bytes=1000,
+    )
+
+
+def everything(given: Setting, num_layers: int) -> list[Forecast]:
+    """Every choice with every balance."""
+    found = []
+    for choice in CHOICES:
+        stages = len(given.devices) * choice.stages_per_rank
+        for cuts in itertools.combinations(range(1, num_layers), stages - 1):
+            balance = tuple(b - a for a, b in itertools.pairwise((0, *cuts, num_layers)))
+            found.append(forecast(given, choice, balance))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("limit", [math.inf, 60_000])
+def test_its_choice_is_within_a_twentieth_of_the_best(seed: int, limit: float) -> None:
+    """It cuts for the slowest stage, which is not always the shortest step."""
+    draw = random.Random(seed)
+    seconds = [draw.choice([0.5, 1.0, 1.0, 2.0, 3.0]) for _ in range(7)]
+    given = setting(seconds, 2 + seed % 2, limit, slowness=1.0 + (seed % 3) / 2)
+    every = [each.step_s for each in everything(given, len(seconds)) if each.fits]
+    best = plans(given, CHOICES)[0]
+    assert best.fits
+    assert max(best.rank_bytes) <= limit
+    assert best.step_s <= 1.05 * min(every)
+
+
+def test_plans_are_ranked_and_always_the_same() -> None:
+    given = setting([1.0, 2.0, 1.0, 3.0, 1.0, 1.0], 2)
+    first, second = plans(given, CHOICES), plans(given, CHOICES)
+    assert [(each.choice, each.balance) for each in first] == [(each.choice, each.balance) for each in second]
+    assert [each.step_s for each in first] == sorted(each.step_s for each in first)
+
+
+def test_less_memory_asks_for_recompute_and_then_for_more() -> None:
+    seconds = [1.0] * 6
+    unlimited = plans(setting(seconds, 2), CHOICES)[0]
+    assert unlimited.choice.recompute == "never"
+    tight = plans(setting(seconds, 2, memory_bytes=20_000), CHOICES)[0]
+    assert tight.choice.recompute != "never" or tight.choice.schedule != "gpipe"
+    assert tight.step_s > unlimited.step_s
+    with pytest.raises(FitsNowhere, match=r"no plan fits: the leanest one, .* needs 0.00 GiB on device \d, which has"):
+        plans(setting(seconds, 2, memory_bytes=3_000), CHOICES)
+
+
+def test_a_slow_device_gets_fewer_layers() -> None:
+    assert plans(setting([1.0] * 8, 2, slowness=3.0), [Choice("1f1b", 1, 8, "never")])[0].balance == (2, 6)
+
+
+def test_a_balance_that_is_given_is_kept() -> None:
+    found = plans(setting([1.0] * 8, 2), [Choice("1f1b", 1, 8, "never", balance=(7, 1))])
+    assert found[0].balance == (7, 1)
+
+
+def test_fewer_layers_than_stages_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2 layers cannot be cut into 3 stages"):
+        plans(setting([1.0, 1.0], 3), [Choice("gpipe", 1, 2, "never"), Choice("gpipe", 1, 2, "never", balance="even")])
+
+
+def test_forecasts_add_up() -> None:
+    """Idle and busy seconds of a rank are the step; the bubble is the idle share of all."""
+    found = plans(setting([1.0, 2.0, 1.0, 3.0], 2), [Choice("1f1b", 1, 8, "always")])[0]
+    for stage in found.stages:
+        cost = stage.cost
+        busy_s = 8 * (cost.forward_s + cost.recompute_s + cost.backward_s) + cost.update_s
+        assert busy_s + stage.idle_s == pytest.approx(found.step_s)
+    assert found.bubble_fraction == pytest.approx(sum(s.idle_s for s in found.stages) / 2 / found.step_s)
