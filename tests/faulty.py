@@ -63,6 +63,10 @@ def scaled(self: Stage, microbatch: int, gradients: Any, **options: Any) -> Any:
     return result
 
 
+def while_measured(self: Stage, microbatch: int, gradients: Any, **options: Any) -> Any:
+    raise RuntimeError("this layer does not like to be watched")
+
+
 def masks_of_the_stage(self: Stage, mode: bool) -> None:
     self.random._seed = 100 + self.index
     _train(self, mode)

@@ -1,0 +1,108 @@
+"""What is left open is chosen: from a profile that is there, or from one that is measured."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs import CPU, metrics, saved, settings, tokens_of
+
+from pipetrain.config import Config, PlanConfig
+from pipetrain.costs import LayerCost, Link, ModelCost, ValueCost
+from pipetrain.engine.local import run_ranks
+from pipetrain.errors import ConfigError, Exit
+from pipetrain.paths import RunPaths
+from pipetrain.planning.settle import MeasuringFailed, settle
+from pipetrain.profile.store import Profile
+from pipetrain.training.job import Job
+from pipetrain.training.loop import Signals, train
+
+SECONDS = (0.1, 1.0, 1.0, 3.0)  # of the four layers of the model: a large head
+
+
+def profile() -> Profile:
+    layers = [LayerCost(str(i), f, 2 * f, f, f, 0.0, 10, 40, 80, 100, 0, 100, 100) for i, f in enumerate(SECONDS)]
+    values = [ValueCost(i, 10, (i + 1,) if i < 3 else (), (), has_gradient=True) for i in range(4)]
+    cost = ModelCost(1, tuple(layers), tuple(values))
+    return Profile({}, {"a cpu": 1e9}, {"a cpu": 1.0}, Link(1e-5, 1e9), 1000, {1: cost})
+
+
+class Measuring:
+    """Stands for the processes that measure."""
+
+    def __init__(self, code: int = Exit.DONE, error: type[Exception] | None = None) -> None:
+        self.code, self.error, self.calls = code, error, 0
+
+    def __call__(self, job: Job, worker: Callable[[str, int], None], argument: str, limit_s: float) -> int:
+        self.calls += 1
+        job.run.scratch.mkdir()
+        job.run.measuring.write_text("blocks.1")
+        if self.error is not None:
+            raise self.error
+        job.run.profile.write_text(profile().to_json())
+        return self.code
+
+
+def job_of(tmp_path: Path, ranks: int = 2, **changes: object) -> Job:
+    plan = PlanConfig(cache_dir=str(tmp_path / "profiles"), **changes.pop("plan", {}))  # type: ignore[arg-type]
+    cfg: Config = settings(plan=plan, **({"balance": "auto"} | changes))
+    return Job(cfg, RunPaths(tmp_path / "run"), tokens_of(tmp_path), ("cpu",) * ranks, None)
+
+
+def test_the_large_head_is_left_alone(tmp_path: Path) -> None:
+    said: list[str] = []
+    job = settle(job_of(tmp_path), Measuring(), said.append)
+    assert job.cfg.balance == [3, 1]
+    assert said == [
+        "measuring the layers, once for these sizes on this machine (balance=even does without)",
+        "balance=[3,1] (type that for the same cut again); balance=even, which is [2,2], would take 1.24 times as long",
+    ]
+    assert job.prediction is not None
+    assert [stage.forward_s for stage in job.prediction.stages] == [pytest.approx(2.1), 3.0]
+    assert Job.from_json(job.to_json()) == job
+
+
+def test_layers_are_measured_once(tmp_path: Path) -> None:
+    measuring = Measuring()
+    for _ in range(2):
+        settle(job_of(tmp_path), measuring, lambda text: None)
+    assert measuring.calls == 1
+    settle(job_of(tmp_path, precision="fp64"), measuring, lambda text: None)
+    assert measuring.calls == 2
+
+
+@pytest.mark.parametrize(("balance", "ranks"), [("even", 2), ([1, 3], 2), ("auto", 1)])
+def test_nothing_is_measured_where_nothing_is_open(tmp_path: Path, balance: object, ranks: int) -> None:
+    job, measuring = job_of(tmp_path, ranks, balance=balance), Measuring()
+    assert settle(job, measuring, print) is job
+    assert not measuring.calls
+
+
+def test_what_fits_nowhere_says_what_would(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no plan fits: the leanest one, .* needs 0.00 GiB on device"):
+        settle(job_of(tmp_path, plan={"memory_gib": 1e-7}), Measuring(), lambda text: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_measuring_takes_no_longer_than_it_may(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not done after plan.timeout_s=7 seconds, at layer blocks.1; give it more"):
+        settle(job_of(tmp_path, plan={"timeout_s": 7.0}), Measuring(error=TimeoutError), lambda text: None)
+
+
+def test_a_failure_keeps_its_exit_code(tmp_path: Path) -> None:
+    with pytest.raises(MeasuringFailed, match="balance=even needs no measuring") as caught:
+        settle(job_of(tmp_path), Measuring(Exit.INTERRUPTED), lambda text: None)
+    assert caught.value.exit_code == Exit.INTERRUPTED
+    assert not (tmp_path / "profiles").exists()
+
+
+def test_the_numbers_are_those_of_any_other_cut(tmp_path: Path) -> None:
+    job = settle(job_of(tmp_path), Measuring(), lambda text: None)
+    other = dataclasses.replace(job, run=RunPaths(tmp_path / "other"), cfg=dataclasses.replace(job.cfg, balance=[1, 3]))
+    other.run.root.mkdir()
+    for each in (job, other):
+        assert set(run_ranks(2, lambda transport: train(each, transport, CPU, Signals()))) == {Exit.DONE}  # noqa: B023
+    assert metrics(tmp_path, "run")[-1]["loss/val"] == metrics(tmp_path, "other")[-1]["loss/val"]
+    ours, theirs = saved(tmp_path, "run", 6), saved(tmp_path, "other", 6)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -1,0 +1,76 @@
+"""`balance=auto` with real processes that measure: local ones, and those of torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import QUICK, Command, numbers
+
+pytestmark = pytest.mark.dist
+
+
+def plan_of(run: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads((run / "plan.json").read_text())
+    return content
+
+
+def test_a_run_measures_plans_and_trains_as_any_other(command: Command) -> None:
+    words = [*QUICK, "steps=3", "devices=2", f"plan.cache_dir={command.folder}/profiles"]
+    done = command(*words, "balance=auto")
+    assert done.returncode == 0, done.stderr
+    assert "measuring the layers, once" in done.stdout
+    assert "predicted: " in done.stdout
+    planned = command.run_folder()
+    plan = plan_of(planned)
+    assert plan["prediction"] is not None
+    assert (planned / "profile.json").exists()
+    assert not list(Path("/tmp").glob(f"pipetrain-*/{planned.name}"))
+    again = command(*words, "balance=auto", "action=plan")
+    assert again.returncode == 0, again.stderr
+    assert "measuring" not in again.stdout
+    assert plan_of(command.run_folder()) == plan
+    done = command(*words, "balance=[1,3]")
+    assert done.returncode == 0, done.stderr
+    assert numbers(command.run_folder()) == numbers(planned)
+
+
+def test_under_torchrun_all_ranks_measure_and_the_first_one_decides(command: Command) -> None:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "-m",
+        "pipetrain",
+        *QUICK,
+        "steps=3",
+    ]
+    folders = [f"plan.cache_dir={command.folder}/profiles", f"data.cache_dir={command.cache}"]
+    words = [*torchrun, *QUICK, "steps=3", "balance=auto", *folders]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        options: dict[str, Any] = {"cwd": command.folder, "env": environment, "capture_output": True, "text": True}
+        return subprocess.run([*words, *more], timeout=120, check=False, **options)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    planned = command.run_folder()
+    assert plan_of(planned)["prediction"] is not None
+    done = run("plan.memory_gib=0.01")
+    assert done.returncode != 0
+    assert "no plan fits: the leanest one" in done.stderr
+    done = command(*QUICK, "steps=3", "devices=2", "balance=[1,3]")
+    assert numbers(command.run_folder()) == numbers(planned)
+
+
+def test_a_layer_that_fails_while_it_is_measured_is_shown(command: Command) -> None:
+    words = [*QUICK, "steps=3", "devices=2", "balance=auto", f"plan.cache_dir={command.folder}/profiles"]
+    done = command(*words, fault="while_measured")
+    assert done.returncode == 1
+    assert "RuntimeError: this layer does not like to be watched" in done.stderr
+    assert "the layers could not be measured (see above); balance=even needs no measuring" in done.stderr
