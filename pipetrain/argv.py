@@ -52,13 +52,24 @@ def rewrite(words: Sequence[str], rank: int | None) -> Words:
             raise ConfigError(answer)
         elif word.startswith("resume=") and word not in ("resume=null", "resume="):
             result.resume = _run_folder(_unquoted(word.removeprefix("resume=")))
+        elif word.startswith("plan.device="):  # a file of conf/device
+            result.overrides.append(word.replace("plan.device=", "device@plan.device=", 1))
         else:
             result.overrides.append(word)
+    _check_described(result)
     if result.resume is not None:
         _replay(result.resume, result)
     if rank:
         result.overrides += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
     return result
+
+
+def _check_described(words: Words) -> None:
+    """A number of a device's description needs the description."""
+    numbers = [word for word in words.overrides if word.startswith("plan.device.")]
+    is_named = any(word.startswith("device@plan.device=") for word in words.overrides)
+    if numbers and not is_named and words.config_name is None:
+        raise ConfigError(f"{numbers[0]} changes the description of a device: say of which one, as plan.device=h200")
 
 
 def refuse_flags(unknown: Sequence[str], words: Sequence[str]) -> None:

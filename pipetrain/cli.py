@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipetrain import argv, help, mistakes
-from pipetrain.config import SCHEMAS, Config
+from pipetrain.config import SCHEMAS, Config, DeviceConfig
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.footprint import Footprint
 from pipetrain.paths import RunPaths
@@ -135,6 +135,7 @@ def _register() -> None:
                 if field.default_factory is dict:  # any key may be typed there, such as model.arguments.width=64
                     OmegaConf.set_struct(node[field.name], False)
             store.store(group=f"schema/{group}", name=name, node=node)
+    store.store(group="schema/device", name="device", node=DeviceConfig)
     OmegaConf.register_new_resolver("pipetrain.id", lambda: secrets.token_hex(2), use_cache=True)
     OmegaConf.register_new_resolver("pipetrain.slug", slug)
     Plugins.instance().register(_UserConfDir)

@@ -179,7 +179,25 @@ class CheckConfig:
 
 
 @dataclass(kw_only=True)
+class DeviceConfig:
+    name: str = setting("what it is called", "???")
+    memory_gib: float = setting("memory for a training process", "???")
+    fp32_tflops: float = setting("multiplications and additions of matrices a second, in 10^12: precision=fp32", "???")
+    bf16_tflops: float = setting("the same in bfloat16", "???")
+    fp64_tflops: float = setting("the same in float64", "???")
+    memory_gb_per_s: float = setting("what it reads and writes a second, in 10^9 bytes", "???")
+    link_gb_per_s: float = setting("what goes to another one a second, in 10^9 bytes", "???")
+    link_us: float = setting("until the first byte is there", "???")
+    kernel_us: float = setting("what each operation takes at least", "???")
+    efficiency: float = setting("share of all these speeds that training reaches", 0.5)
+
+
+@dataclass(kw_only=True)
 class PlanConfig:
+    device: DeviceConfig | None = setting(
+        "action=plan for a device that is described and not here, see conf/device", None
+    )
+    devices: list[int] | None = setting("action=plan for so many of them, one plan for each number", None)
     memory_gib: float | None = setting("memory of each device to plan with; null = what it has", None)
     timeout_s: float = setting("seconds that measuring the layers may take", 120.0)
     cache_dir: str = setting("where measurements are kept", "~/.cache/pipetrain/profiles")
@@ -278,6 +296,8 @@ def from_json(text: str) -> Config:
     raw["checkpoint"] = CheckpointConfig(**raw["checkpoint"])
     raw["check"] = CheckConfig(**raw["check"])
     raw["plan"] = PlanConfig(**raw["plan"])
+    if raw["plan"].device is not None:
+        raw["plan"].device = DeviceConfig(**raw["plan"].device)
     return Config(**raw)
 
 

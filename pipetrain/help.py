@@ -11,7 +11,7 @@ from typing import Any
 import pipetrain
 from pipetrain.config import SCHEMAS, Config
 
-GROUPS = (*SCHEMAS, "lr_rule", "experiment")  # the folders of conf/
+GROUPS = (*SCHEMAS, "lr_rule", "experiment", "device")  # the folders of conf/
 VERSION = f"pipetrain {pipetrain.__version__}"
 
 _EXAMPLES = (

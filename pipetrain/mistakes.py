@@ -75,7 +75,8 @@ def unknown_key(key: str) -> str:
 def unknown_choice(group: str, given: str, folders: Sequence[Path]) -> str:
     """What is said about `model=transformr`; nothing if `group` is none of pipetrain's."""
     names = choices(folders).get(group)
-    return f"{group}={given}: no such {group}. {one_of(given, names)}" if names else ""
+    key = "plan.device" if group == "device" else group
+    return f"{key}={given}: no such {group}. {one_of(given, names)}" if names else ""
 
 
 def wrong_value(key: str, given: str) -> str:

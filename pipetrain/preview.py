@@ -1,22 +1,25 @@
 """`action=plan`: what a run would do, before any worker starts: its stages, and its schedule as a picture."""
 
+import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
 
-from pipetrain.config import Config, num_stages
+from pipetrain.config import Config, num_stages, wanted_ranks
+from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit
 from pipetrain.launch import prepare, run_job
 from pipetrain.models import Recipe
 from pipetrain.paths import RunPaths
 from pipetrain.planning.settle import settle
-from pipetrain.schedule import timeline
+from pipetrain.schedule import Schedule, timeline
 from pipetrain.schedule.picture import svg
 from pipetrain.torchrun import Place
 from pipetrain.training.build import balance_of, build_recipe, build_schedule
-from pipetrain.training.plan import drawn, make_plan
+from pipetrain.training.plan import Plan, drawn, make_plan
 
 
 def preview(cfg: Config, root: Path) -> int:
@@ -28,15 +31,9 @@ def preview(cfg: Config, root: Path) -> int:
     if Place.read(os.environ) is not None:
         raise ConfigError("action=plan starts no processes and needs none: run it without torchrun")
     run = RunPaths(root.absolute())
-    job = prepare(cfg, run, torch.cuda.device_count(), say=_say)
-    job = settle(job, run_job, _say)
-    cfg = job.cfg
-    recipe = build_recipe(cfg, job.data)
-    num_ranks = len(job.devices)
-    balance = balance_of(cfg, len(recipe.layers), num_stages(cfg, num_ranks))
-    schedule = build_schedule(cfg, recipe, balance, num_ranks)
-    parameters = _parameters(recipe, balance)
-    plan = make_plan(schedule, job.devices, recipe, balance, parameters, cfg.recompute, job.prediction)
+    if cfg.plan.devices:
+        return _preview_counts(cfg, run, cfg.plan.devices)
+    plan, schedule = _planned(cfg, run, None)
     run.root.mkdir(parents=True, exist_ok=True)
     run.plan.write_text(plan.to_json())
     run.schedule_picture.write_text(svg({schedule.name: timeline(schedule)}, schedule.placement))
@@ -44,6 +41,50 @@ def preview(cfg: Config, root: Path) -> int:
         _say(line)
     _say(f"the plan: {run.plan}\nthe schedule as a picture: {run.schedule_picture}")
     return Exit.DONE
+
+
+def _preview_counts(cfg: Config, run: RunPaths, counts: list[int]) -> int:
+    """A plan for each number of devices, or why there is none."""
+    plans, problem = {}, None
+    for count in counts:
+        _say(f"\n{count} devices" if count > 1 else "\n1 device")
+        try:
+            plan, _ = _planned(cfg, run, count)
+        except ConfigError as error:
+            problem = error
+            _say(f"no plan: {error}")
+            continue
+        plans[count] = plan
+        for line in plan.table():
+            _say(line)
+    if problem is not None and not plans:
+        raise problem
+    run.root.mkdir(parents=True, exist_ok=True)
+    run.plan.write_text(json.dumps({count: json.loads(plan.to_json()) for count, plan in plans.items()}, indent=2))
+    _say(f"\nthe plans: {run.plan}")
+    return Exit.DONE
+
+
+def _planned(cfg: Config, run: RunPaths, count: int | None) -> tuple[Plan, Schedule]:
+    """
+    Args:
+        count: so many devices; None is what the settings say.
+    """
+    num_gpus = torch.cuda.device_count()
+    devices = None
+    if cfg.plan.device is not None or count is not None:
+        here = parse_devices(cfg.devices, num_gpus if cfg.plan.device is None else 0, wanted_ranks(cfg))
+        name = here[0] if cfg.plan.device is None else cfg.plan.device.name
+        devices = (name,) * (len(here) if count is None else count)
+        cfg = dataclasses.replace(cfg, devices="auto")
+    job = settle(prepare(cfg, run, num_gpus, devices, say=_say), run_job, _say)
+    recipe = build_recipe(job.cfg, job.data)
+    num_ranks = len(job.devices)
+    balance = balance_of(job.cfg, len(recipe.layers), num_stages(job.cfg, num_ranks))
+    schedule = build_schedule(job.cfg, recipe, balance, num_ranks)
+    parameters = _parameters(recipe, balance)
+    plan = make_plan(schedule, job.devices, recipe, balance, parameters, job.cfg.recompute, job.prediction)
+    return plan, schedule
 
 
 def _parameters(recipe: Recipe, balance: tuple[int, ...]) -> list[int]:

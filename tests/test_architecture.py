@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "worker": {"processes", "training", "engine", "errors", "paths"},
     "check": BASE
     | {"config", "launch", "models", "partition", "planning", "schedule", "torchrun", "training", "worker"},
-    "preview": {"config", "errors", "launch", "models", "paths", "planning", "schedule", "torchrun", "training"},
+    "preview": {"config", "devices", "errors", "launch", "models", "paths", "planning", "schedule", "torchrun"}
+    | {"training"},
     "launch": BASE
     | {"config", "data", "devices", "environment", "models", "planning", "processes", "rules", "torchrun", "training"}
     | {"worker"},

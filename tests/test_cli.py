@@ -52,6 +52,11 @@ MISTAKES = [
         ["optimizer=sgd", "optimizer.betas=[1,2]"],
         "'optimizer.betas' is a setting of optimizer=adamw and optimizer=adam",
     ),
+    (["plan.device=h20"], "plan.device=h20: no such device. Did you mean 'h200'? Choose one of: a100, "),
+    (
+        ["plan.device.memory_gib=3"],
+        "plan.device.memory_gib=3 changes the description of a device: say of which one, as",
+    ),
     (["model=transformr"], "no such model. Did you mean 'transformer'? Choose one of: amoebanet, "),
     (["model=transformer_tni"], "Did you mean 'transformer_tiny'?"),
     (["model="], "model=: no such model. Choose one of: "),
@@ -260,9 +265,10 @@ def test_home_is_expanded(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_every_shipped_file_composes(path: Path, launch: Launch) -> None:
     group, _, choice = path.relative_to(CONF).with_suffix("").as_posix().partition("/")
-    assert cli.main([f"{group}={choice}"]) == 0
+    key = "plan.device" if group == "device" else group
+    assert cli.main([f"{key}={choice}"]) == 0
     if group != "experiment":
-        part = getattr(launch.cfg, group)
+        part = launch.cfg.plan.device if group == "device" else getattr(launch.cfg, group)
         for key, value in yaml.safe_load(path.read_text()).items():
             if key != "defaults" and not str(value).startswith("${"):
                 assert getattr(part, key) == pytest.approx(float(value) if key == "lr" else value)

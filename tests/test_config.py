@@ -13,6 +13,7 @@ from pipetrain.config import (
     AmoebaNetConfig,
     AnythingConfig,
     Config,
+    DeviceConfig,
     ImagesConfig,
     LrRuleConfig,
     RmspropConfig,
@@ -25,6 +26,19 @@ from pipetrain.config import (
     wanted_ranks,
 )
 from pipetrain.errors import ConfigError
+
+DESCRIBED = DeviceConfig(
+    name="X",
+    memory_gib=1.0,
+    fp32_tflops=1.0,
+    bf16_tflops=4.0,
+    fp64_tflops=0.5,
+    memory_gb_per_s=100.0,
+    link_gb_per_s=10.0,
+    link_us=10.0,
+    kernel_us=5.0,
+    efficiency=0.5,
+)
 
 
 def settings(**changes: Any) -> Config:
@@ -229,6 +243,21 @@ BAD = [
         "plan.memory_gib=-1.0 must be greater than 0 and finite; use null for what the devices",
     ),
     ({"plan__timeout_s": 0.5}, "plan.timeout_s=0.5 must be at least 1"),
+    ({"plan__device": DESCRIBED}, "plan.device=X asks what would be elsewhere: it goes with action=plan"),
+    ({"plan__devices": [8]}, "plan.devices=[8] asks what would be elsewhere: it goes with action=plan"),
+    (
+        {"action": "plan", "plan__devices": []},
+        "plan.devices=[] must be numbers of devices, such as plan.devices=[8,128]",
+    ),
+    ({"action": "plan", "plan__devices": [8, 0]}, "plan.devices=[8, 0] must be numbers of devices"),
+    (
+        {"action": "plan", "plan__device": dataclasses.replace(DESCRIBED, fp64_tflops=0.0)},
+        "plan.device.fp64_tflops=0.0 of X must be greater than 0 and finite",
+    ),
+    (
+        {"action": "plan", "plan__device": dataclasses.replace(DESCRIBED, efficiency=1.5)},
+        "plan.device.efficiency=1.5 of X is the share of its speeds that training reaches: above 0, at most 1",
+    ),
     (
         {"micro_batches": 9, "batch_size": 8},
         "micro_batches=9 is more than batch_size=8: a micro-batch needs at least one sample; use micro_batches=8",

@@ -16,6 +16,7 @@ from pipetrain.costs import Device
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.models import Recipe
 from pipetrain.paths import RunPaths
+from pipetrain.planning.described import described_profile
 from pipetrain.planning.measuring import cpu_name, measure_together, run_measuring_worker
 from pipetrain.profile.bench import signatures_of
 from pipetrain.profile.signature import shown
@@ -51,6 +52,8 @@ def settle(job: Job, run_job: RunJob, say: Say) -> Job:
     if not _is_open(job):
         return job
     recipe = build_recipe(job.cfg, job.data)
+    if job.cfg.plan.device is not None:
+        return _settled(job, recipe, described_profile(job, recipe, _rows(job)), say)
     about, rows = _about(job, recipe), _rows(job)
     profile = _kept(job, about, rows)
     if profile is None:
@@ -87,7 +90,9 @@ def settle_together(job: Job, device: torch.device) -> Job:
 
 
 def _is_open(job: Job) -> bool:
-    """Whether there is something to choose."""
+    """Whether there is something to choose, or to say."""
+    if job.cfg.plan.device is not None:
+        return True
     return job.cfg.balance in ("auto", "least_variance") and num_stages(job.cfg, len(job.devices)) > 1
 
 
@@ -103,13 +108,14 @@ def _settled(job: Job, recipe: Recipe, profile: Profile, say: Say) -> Job:
         stages_per_rank=num_stages(cfg, num_ranks) // num_ranks,
         num_microbatches=num_microbatches(cfg),
         recompute=tuple(cfg.recompute) if isinstance(cfg.recompute, list) else cfg.recompute,
-        balance=cfg.balance,
+        balance=tuple(cfg.balance) if isinstance(cfg.balance, list) else cfg.balance,
     )
     setting = _setting(job, recipe, profile)
     best = plans(setting, [choice])[0]
     job.run.root.mkdir(parents=True, exist_ok=True)
     job.run.profile.write_text(profile.to_json())
-    say(_told(best, forecast(setting, choice, even(len(recipe.layers), len(best.balance)))))
+    if cfg.balance in ("auto", "least_variance") and len(best.balance) > 1:
+        say(_told(best, forecast(setting, choice, even(len(recipe.layers), len(best.balance)))))
     cfg = dataclasses.replace(cfg, balance=list(best.balance))
     return dataclasses.replace(job, cfg=cfg, prediction=_prediction(best))
 
@@ -135,7 +141,7 @@ def _keep(job: Job, profile: Profile, about: Mapping[str, str]) -> Profile:
 def _measured(job: Job, rows: Sequence[int], run_job: RunJob, say: Say) -> Profile:
     """By worker processes, in a folder that is gone afterwards."""
     # Equal CPU processes: two tell all, and a message between them.
-    devices = job.devices[:2] if job.devices[0] == "cpu" else job.devices
+    devices = job.devices[:2] if job.devices[0] == "cpu" else tuple(dict.fromkeys(job.devices))
     say("measuring the layers, once for these sizes on this machine (balance=even does without)")
     limit_s = job.cfg.plan.timeout_s
     with tempfile.TemporaryDirectory(prefix="pipetrain-") as folder:
@@ -200,7 +206,7 @@ def _setting(job: Job, recipe: Recipe, profile: Profile) -> Setting:
 
 
 def _kind_of(device: str, kinds: Sequence[str]) -> str:
-    return kinds[0] if device == "cpu" else torch.cuda.get_device_name(device)
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else kinds[0]
 
 
 def _prediction(best: Forecast) -> Prediction:

@@ -1,6 +1,7 @@
 """A model's layers one by one, each run as a stage of its own: what is measured is what the engine will do."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,7 +173,8 @@ class Bench:
         conditions, recipe = self._conditions, self._recipe
         is_last = place == len(recipe.layers) - 1
         layer = recipe.layers[place]
-        with seeded(conditions.seed):
+        without_memory = conditions.device.type == "meta"
+        with seeded(conditions.seed), torch.device("meta") if without_memory else nullcontext():
             module = layer.build().to(conditions.device, conditions.dtype)
         stage = Stage(
             place,

@@ -23,6 +23,7 @@ from pipetrain.rules.lr_rules import LR_RULES, check_lr_rule
 from pipetrain.rules.models import check_amoebanet, check_anything, check_transformer
 from pipetrain.rules.optimizers import check_optimizer
 from pipetrain.rules.pipeline import check_model, check_pipeline, check_recomputed_layers
+from pipetrain.rules.plan import check_plan
 from pipetrain.rules.words import plain
 from pipetrain.suggest import one_of
 
@@ -54,6 +55,7 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
     check_pipeline(cfg, num_gpus, world_size, problems)
     for check_part in (check_text, check_synthetic, check_images, check_transformer, check_anything, check_amoebanet):
         check_part(cfg, problems)
+    check_plan(cfg, problems)
     check_optimizer(cfg.optimizer, problems)
     check_lr_rule(cfg, problems)
     if cfg.steps is not None and cfg.epochs is not None:

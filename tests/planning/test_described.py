@@ -1,0 +1,112 @@
+"""Plans for devices that are not here."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from runs import settings, tokens_of
+from torch import Tensor, nn
+
+from pipetrain.config import DeviceConfig, PlanConfig, TransformerConfig
+from pipetrain.errors import ConfigError
+from pipetrain.models import LayerRecipe, Recipe
+from pipetrain.paths import RunPaths
+from pipetrain.planning.described import described_profile, kernel_time
+from pipetrain.preview import preview
+from pipetrain.training.build import build_recipe
+from pipetrain.training.job import Job
+
+DEVICE = DeviceConfig(
+    name="X",
+    memory_gib=1.0,
+    fp32_tflops=1.0,
+    bf16_tflops=4.0,
+    fp64_tflops=0.5,
+    memory_gb_per_s=100.0,
+    link_gb_per_s=10.0,
+    link_us=10.0,
+    kernel_us=5.0,
+    efficiency=0.5,
+)
+
+
+def job_of(tmp_path: Path) -> Job:
+    cfg = settings(action="plan", plan=PlanConfig(device=DEVICE))
+    return Job(cfg, RunPaths(tmp_path / "run"), tokens_of(tmp_path), ("X",) * 2, None)
+
+
+def test_an_operation_takes_its_arithmetic_or_its_memory() -> None:
+    seconds = kernel_time(DEVICE, "fp32")
+    assert seconds(1e12, 1e3) == pytest.approx(5e-6 + 2.0)
+    assert seconds(1e3, 1e11) == pytest.approx(5e-6 + 2.0)
+    assert kernel_time(DEVICE, "bf16")(1e12, 1e3) == pytest.approx(5e-6 + 0.5)
+
+
+def test_a_product_of_matrices_costs_what_it_computes(tmp_path: Path) -> None:
+    """[4 x 8, 16] times [16, 16], twice as much backwards: 2 n m k operations each."""
+    job = job_of(tmp_path)
+    device = dataclasses.replace(DEVICE, kernel_us=1e-9, memory_gb_per_s=1e9)
+    job = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, plan=PlanConfig(device=device)))
+    recipe = Recipe(
+        (
+            LayerRecipe("embed", partial(nn.Embedding, 256, 16)),
+            LayerRecipe("square", partial(nn.Linear, 16, 16, bias=False)),
+            LayerRecipe("last", partial(nn.Linear, 16, 16, bias=False)),
+        ),
+        lambda output, targets: output.sum(),
+        lambda targets: targets[0].numel(),
+    )
+    layer = described_profile(job, recipe, [4]).costs[4].layers[1]
+    once_s = 2 * (4 * 8) * 16 * 16 / 0.5e12
+    assert layer.forward_s == pytest.approx(once_s, rel=1e-3)
+    assert layer.backward_s == pytest.approx(2 * once_s, rel=1e-3)
+    assert layer.input_s == pytest.approx(once_s, rel=1e-3)
+    assert layer.weight_s == pytest.approx(once_s, rel=1e-3)
+
+
+def test_no_layer_gets_memory(tmp_path: Path) -> None:
+    """A model of a terabyte."""
+    job = job_of(tmp_path)
+    model = TransformerConfig(layers=2, d_model=65536, heads=2, d_ff=4 * 65536)
+    recipe = build_recipe(dataclasses.replace(job.cfg, model=model), job.data)
+    cost = described_profile(job, recipe, [1]).costs[1]
+    assert sum(layer.parameter_bytes for layer in cost.layers) > 2**38
+
+
+class LooksAtValues(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() if bool(x.sum() > 0) else x.float() * 2
+
+
+def test_a_layer_that_looks_at_values_is_named(tmp_path: Path) -> None:
+    recipe = Recipe(
+        (LayerRecipe("looks", LooksAtValues), LayerRecipe("last", partial(nn.Linear, 8, 8))),
+        lambda output, targets: output.sum(),
+        lambda targets: targets[0].numel(),
+    )
+    with pytest.raises(ConfigError, match=r"layer looks cannot be planned for plan\.device=X, since it cannot run"):
+        described_profile(job_of(tmp_path), recipe, [2])
+
+
+def test_a_plan_for_each_number_of_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = PlanConfig(device=DEVICE, devices=[1, 2, 9])
+    assert preview(settings(action="plan", balance="auto", plan=plan), tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "9 devices\nno plan: devices=auto makes 9 stages, but the model has only 4 layers" in shown
+    plans = json.loads((tmp_path / "plan.json").read_text())
+    assert list(plans) == ["1", "2"]
+    assert plans["1"]["prediction"]["step_s"] > plans["2"]["prediction"]["step_s"]
+    assert [stage["device"] for stage in plans["2"]["stages"]] == ["X", "X"]
+    assert not torch.distributed.is_initialized()
+
+
+def test_where_no_number_of_devices_has_a_plan(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="makes 9 stages"):
+        preview(settings(action="plan", plan=PlanConfig(device=DEVICE, devices=[9])), tmp_path / "run")
+    small = PlanConfig(device=dataclasses.replace(DEVICE, memory_gib=1e-6), devices=[2])
+    with pytest.raises(ConfigError, match="no plan fits"):
+        preview(settings(action="plan", plan=small), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
