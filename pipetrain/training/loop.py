@@ -24,9 +24,10 @@ from pipetrain.training.console import Console
 from pipetrain.training.data import open_data, part_of_batch
 from pipetrain.training.ema import WeightAverage
 from pipetrain.training.evaluate import Evaluator
+from pipetrain.training.hindsight import Hindsight
 from pipetrain.training.job import Job
 from pipetrain.training.memory import memory_advice
-from pipetrain.training.metrics import Metrics, compared_settings, pipeline_values
+from pipetrain.training.metrics import Metrics, bubble_measured, compared_settings, pipeline_values
 from pipetrain.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from pipetrain.training.plan import drawn, make_plan
 from pipetrain.training.record import Recorder
@@ -92,6 +93,7 @@ class Trainer:
         self.last_step = cfg.steps or (cfg.epochs or 0) * self.data.num_batches
         self.average = self._start()
         self.recorder = self._recorder() if job.record else None
+        self.hindsight = Hindsight(job.prediction, self.schedule) if job.prediction is not None else None
         first, last = (stage in self.runtime.stages for stage in (0, len(balance) - 1))
         self._batch = partial(part_of_batch, cfg, device, first=first, last=last)
         self.evaluator = Evaluator(self.runtime, recipe, self.schedule, self._batch)
@@ -147,7 +149,16 @@ class Trainer:
                 self._write_status(status.STATE_OF_EXIT[stop], stop)
                 return stop
         self._write_status("finished", Exit.DONE)
+        self._look_back()
         return Exit.DONE
+
+    def _look_back(self) -> None:
+        """Says how right the prediction was."""
+        lines = self.hindsight.lines() if self.hindsight is not None else []
+        if self.metrics is not None and self.console is not None and lines:
+            self.metrics.text("prediction", "\n\n".join(lines))
+            for line in lines:
+                self.console.say(line)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -243,6 +254,8 @@ class Trainer:
     def _log(self, report: StepReport, step_s: float, last: bool) -> None:
         if self.metrics is None or self.console is None:
             return
+        if self.hindsight is not None:
+            self.hindsight.note(step_s, bubble_measured(report.stages, self.schedule), report.stages)
         self.console.tick(self.step, report.loss_sum / report.count, report.count / step_s)
         if not (last or self.step == 1 or self._due(self.cfg.log_every)):
             return

@@ -73,15 +73,14 @@ class Metrics:
 
 def pipeline_values(stages: Sequence[StageMeasures], schedule: Schedule) -> dict[str, float]:
     """Where the time of a step went, and the bubble that the simulator gives for stages that cost as measured."""
-    makespan_s = max(stage.elapsed_s for stage in stages)
     each = schedule.num_microbatches
     costs = [
         StageCost(s.forward_s / each, s.backward_s / each, s.backward_weight_s / each, s.recompute_s / each)
         for s in stages
     ]
-    busy_s = [sum(stages[s].busy_s for s in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
+    makespan_s, busy_s = _times(stages, schedule)
     values = {
-        "pipeline/bubble_measured": 1 - sum(busy_s) / (schedule.num_ranks * makespan_s),
+        "pipeline/bubble_measured": bubble_measured(stages, schedule),
         "pipeline/bubble_predicted": bubble_fraction(simulate(schedule, costs), schedule.num_ranks),
     }
     for index, stage in enumerate(stages):
@@ -91,6 +90,18 @@ def pipeline_values(stages: Sequence[StageMeasures], schedule: Schedule) -> dict
         values[f"stage_{index}/wait_s"] = makespan_s - busy_s[schedule.placement[index]]
         values[f"stage_{index}/memory_bytes"] = stage.memory_bytes
     return values
+
+
+def bubble_measured(stages: Sequence[StageMeasures], schedule: Schedule) -> float:
+    """The share of a step in which the ranks did not compute, on average."""
+    makespan_s, busy_s = _times(stages, schedule)
+    return 1 - sum(busy_s) / (schedule.num_ranks * makespan_s)
+
+
+def _times(stages: Sequence[StageMeasures], schedule: Schedule) -> tuple[float, list[float]]:
+    """Seconds of the step, and in which each rank computed."""
+    busy_s = [sum(stages[s].busy_s for s in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
+    return max(stage.elapsed_s for stage in stages), busy_s
 
 
 def compared_settings(cfg: Config, balance: Sequence[int]) -> dict[str, str | float]:

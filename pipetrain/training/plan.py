@@ -97,7 +97,7 @@ class Plan:
         )
         if self.prediction is not None:
             step_s, idle = self.prediction.step_s, self.prediction.bubble_fraction
-            lines.append(f"predicted: {_short(step_s)} a step, of which a device waits {idle:.1%} (the bubble)")
+            lines.append(f"predicted: {short(step_s)} a step, of which a device waits {idle:.1%} (the bubble)")
         elif len(self.stages) > 1:
             lines.append(f"with equal stages each would wait {self.bubble_fraction:.1%} of the time (the bubble)")
         return lines
@@ -106,16 +106,17 @@ class Plan:
         if self.prediction is None:
             return ()
         its = self.prediction.stages[stage]
-        return _short(its.forward_s), _short(its.backward_s), _short(its.idle_s), _mib(sum(its.memory.values()))
+        return short(its.forward_s), short(its.backward_s), short(its.idle_s), _mib(sum(its.memory.values()))
 
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.0f} MiB"
 
 
-def _short(seconds: float) -> str:
-    """
-    >>> _short(0.01234), _short(1.5)
+def short(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> short(0.01234), short(1.5)
     ('12.3 ms', '1.5 s')
     """
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
