@@ -133,8 +133,12 @@ def _kept(job: Job, about: Mapping[str, str], rows: Sequence[int]) -> Profile | 
 
 
 def _keep(job: Job, profile: Profile, about: Mapping[str, str]) -> Profile:
-    profile = dataclasses.replace(profile, about=about)
-    save(Path(job.cfg.plan.cache_dir).expanduser(), profile)
+    """Beside what was measured before for micro-batches of other sizes."""
+    folder = Path(job.cfg.plan.cache_dir).expanduser()
+    before = load(folder, about)
+    costs = {**(before.costs if before is not None else {}), **profile.costs}
+    profile = dataclasses.replace(profile, about=about, costs=costs)
+    save(folder, profile)
     return profile
 
 

@@ -82,7 +82,18 @@ def show_overhead(found: dict[str, Any]) -> str:
     return table([f"cost of the engine (wanted: under {found['wanted_us']} us, 2 %)", ""], rows)
 
 
+def show_balance(found: dict[str, Any]) -> str:
+    rows = [
+        ["torchgpipe's slowest stage / the best one's, mean", f"{found['mean']:.3f}"],
+        ["the same, worst list", f"{found['worst']:.2f}"],
+        ["lists on which it is as good", f"{found['optimal']:.1%}"],
+        *([f"search: {what}", f"{seconds:.2f} s"] for what, seconds in found["search_s"].items()),
+    ]
+    return table(["balance", "value"], rows)
+
+
 SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
+    "balance": show_balance,
     "emulated": show_emulated,
     "zero_bubble": show_zero_bubble,
     "real": show_real,

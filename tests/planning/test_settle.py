@@ -21,18 +21,18 @@ from pipetrain.training.loop import Signals, train
 SECONDS = (0.1, 1.0, 1.0, 3.0)  # of the four layers of the model: a large head
 
 
-def profile() -> Profile:
+def profile(rows: int) -> Profile:
     layers = [LayerCost(str(i), f, 2 * f, f, f, 0.0, 10, 40, 80, 100, 0, 100, 100) for i, f in enumerate(SECONDS)]
     values = [ValueCost(i, 10, (i + 1,) if i < 3 else (), (), has_gradient=True) for i in range(4)]
-    cost = ModelCost(1, tuple(layers), tuple(values))
-    return Profile({}, {"a cpu": 1e9}, {"a cpu": 1.0}, Link(1e-5, 1e9), 1000, {1: cost})
+    cost = ModelCost(rows, tuple(layers), tuple(values))
+    return Profile({}, {"a cpu": 1e9}, {"a cpu": 1.0}, Link(1e-5, 1e9), 1000, {rows: cost})
 
 
 class Measuring:
     """Stands for the processes that measure."""
 
     def __init__(self, code: int = Exit.DONE, error: type[Exception] | None = None) -> None:
-        self.code, self.error, self.calls = code, error, 0
+        self.code, self.error, self.calls, self.rows = code, error, 0, 1
 
     def __call__(self, job: Job, worker: Callable[[str, int], None], argument: str, limit_s: float) -> int:
         self.calls += 1
@@ -40,7 +40,7 @@ class Measuring:
         job.run.measuring.write_text("blocks.1")
         if self.error is not None:
             raise self.error
-        job.run.profile.write_text(profile().to_json())
+        job.run.profile.write_text(profile(self.rows).to_json())
         return self.code
 
 
@@ -69,6 +69,14 @@ def test_layers_are_measured_once(tmp_path: Path) -> None:
         settle(job_of(tmp_path), measuring, lambda text: None)
     assert measuring.calls == 1
     settle(job_of(tmp_path, precision="fp64"), measuring, lambda text: None)
+    assert measuring.calls == 2
+
+
+def test_sizes_that_were_measured_stay(tmp_path: Path) -> None:
+    measuring = Measuring()
+    for rows in (1, 2, 1, 2):
+        measuring.rows = rows
+        settle(job_of(tmp_path, micro_batches=4 // rows), measuring, lambda text: None)
     assert measuring.calls == 2
 
 
