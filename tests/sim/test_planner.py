@@ -79,6 +79,19 @@ def test_its_choice_is_within_a_twentieth_of_the_best(seed: int, limit: float) -
     assert best.step_s <= 1.05 * min(every)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "ranks"), [("interleaved", 3), ("interleaved", 2), ("zb_v", 2), ("looped_bfs", 2)]
+)
+def test_several_stages_on_a_rank_are_never_cut_worse_than_evenly(schedule: str, ranks: int) -> None:
+    """Their slowest stage is not what counts: with ten equal layers on six stages it matters which ones get two."""
+    given = setting([0.1, *[1.0] * 8, 0.2], ranks)
+    found = plans(given, [Choice(schedule, 2, 8, "always")])[0]
+    every = itertools.combinations(range(1, 10), 2 * ranks - 1)
+    balances = [tuple(b - a for a, b in itertools.pairwise((0, *cuts, 10))) for cuts in every]
+    best = min(forecast(given, found.choice, balance).step_s for balance in balances)
+    assert found.step_s <= 1.02 * best
+
+
 def test_plans_are_ranked_and_always_the_same() -> None:
     given = setting([1.0, 2.0, 1.0, 3.0, 1.0, 1.0], 2)
     first, second = plans(given, CHOICES), plans(given, CHOICES)
