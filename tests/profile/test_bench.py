@@ -140,3 +140,34 @@ def test_a_module_with_a_hook_is_one_of_a_kind() -> None:
     hooked = nn.Linear(D, D)
     hooked.register_forward_hook(lambda module, args, output: None)
     assert signature(hooked) != signature(hooked)
+
+
+def test_layers_without_parameters_and_frozen_ones() -> None:
+    """Where no gradient is wanted nothing goes backwards, and nothing fails."""
+
+    def frozen() -> nn.Module:
+        return nn.Linear(D, D).requires_grad_(requires_grad=False)
+
+    first, second, _ = looked_at(chain(nn.ReLU, frozen, partial(nn.Linear, D, D))).layers
+    assert (first.graph_bytes, first.optimizer_bytes, second.optimizer_bytes) == (0, 0, 0)
+    assert second.parameters == D * D + D
+
+
+def test_modules_that_watch_themselves() -> None:
+    """BatchNorm, dropout, and a module of the user's that counts its calls."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+            self.register_buffer("seen", torch.zeros(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen += x.detach().mean(0)
+            return x * 2
+
+    model = looked_at(
+        chain(partial(nn.Linear, D, D), partial(nn.BatchNorm1d, D), Counting, partial(nn.Linear, D, D)), "cpu"
+    )
+    assert [layer.parameters for layer in model.layers] == [D * D + D, 2 * D, 0, D * D + D]
