@@ -1,5 +1,7 @@
 """Stages' costs against sums by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipetrain.costs import LayerCost, ModelCost, StageCost, ValueCost
@@ -51,6 +53,8 @@ def test_what_goes_over_a_border() -> None:
     """A value that skips layers goes straight: it is at the border of the layer that makes it and of those that take
     it, and not between."""
     assert crossing_bytes(MODEL) == [0, 20, 30, 60, 0]
+    far = replace(MODEL, values=(ValueCost(0, 20, (3,), (), has_gradient=True),))
+    assert crossing_bytes(far) == [0, 20, 0, 20, 0]
 
 
 def test_bytes_of_stages() -> None:
