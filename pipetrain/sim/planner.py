@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import accumulate, permutations
+from itertools import accumulate, pairwise, permutations
 
 from pipetrain.costs import Device, LayerCost, Link, ModelCost, StageCost
 from pipetrain.errors import ConfigError
-from pipetrain.schedule import NEVER, Schedule, bubble_fraction, generate, peak_in_flight
+from pipetrain.schedule import EXCEPT_LAST, NEVER, Kind, Schedule, bubble_fraction, generate, peak_in_flight
 from pipetrain.schedule.recompute import add_recompute
 from pipetrain.sim.balance import even
 from pipetrain.sim.cut import Cut, crossing_bytes
@@ -352,9 +352,20 @@ def _estimate_s(setting: Setting, model: ModelCost, choice: Choice, balance: Seq
     busy_s = [0.0] * num_ranks
     for rank, slow, end, number in zip(schedule.placement, slowness, ends, balance, strict=True):
         busy_s[rank] += slow * sum(chain.seconds[end - number : end])
+    if choice.recompute == EXCEPT_LAST and _all_turn_round(schedule):
+        redone = zip(model.layers[-balance[-1] :], setting.recomputed[-balance[-1] :], strict=True)
+        busy_s[schedule.placement[-1]] -= slowness[-1] * sum(layer.forward_s for layer, again in redone if again)
     through_s = sum(layer.forward_s + layer.backward_s for layer in model.layers) * max(slowness)
     way_s = (through_s + 2 * len(balance) * setting.link.latency_s) * (num_ranks - 1) / num_ranks / each
     return choice.num_microbatches * max(busy_s) + way_s / (3 if schedule.is_split else 1)
+
+
+def _all_turn_round(schedule: Schedule) -> bool:
+    """Whether every micro-batch goes back as soon as it has reached the end, so that `except_last` spares it there."""
+    last = schedule.num_stages - 1
+    row = schedule.actions[schedule.placement[last]]
+    turning = [b for a, b in pairwise(row) if a.kind is Kind.FORWARD and a.stage == last and b[1:] == a[1:]]
+    return len(turning) == schedule.num_microbatches
 
 
 # ---- where nothing fits ------------------------------------------------------------------------------------------
