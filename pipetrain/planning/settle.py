@@ -23,7 +23,8 @@ from pipetrain.profile.signature import shown
 from pipetrain.profile.store import Profile, hashed, load, save
 from pipetrain.schedule import ALWAYS, SELECTIVE
 from pipetrain.sim.balance import even
-from pipetrain.sim.planner import Choice, Forecast, Setting, forecast, plans
+from pipetrain.sim.forecast import Choice, Forecast, Setting, forecast
+from pipetrain.sim.planner import plans
 from pipetrain.training.build import build_recipe, is_recomputed
 from pipetrain.training.data import open_data
 from pipetrain.training.job import Job

@@ -7,101 +7,26 @@ the simulator and the memory model say of its schedule, never the estimate.
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate, pairwise, permutations
 
-from pipetrain.costs import Device, LayerCost, Link, ModelCost, StageCost
+from pipetrain.costs import LayerCost, ModelCost
 from pipetrain.errors import ConfigError
-from pipetrain.schedule import EXCEPT_LAST, NEVER, Kind, Schedule, bubble_fraction, generate, peak_in_flight
-from pipetrain.schedule.recompute import add_recompute
+from pipetrain.schedule import EXCEPT_LAST, NEVER, Kind, Schedule, peak_in_flight
 from pipetrain.sim.balance import even
-from pipetrain.sim.cut import Cut, crossing_bytes
-from pipetrain.sim.memory import Memory, memory
+from pipetrain.sim.cut import crossing_bytes
+from pipetrain.sim.forecast import AUTO, EVEN, LEAST_VARIANCE, Choice, Forecast, Setting, compute_of, fits, forecast
 from pipetrain.sim.optimum import Chain, Seat, fastest, fits_memory, leanest, least_variance
-from pipetrain.sim.simulate import simulate
 
-AUTO, EVEN, LEAST_VARIANCE = "auto", "even", "least_variance"
 # How many of the estimates are simulated, and how many actions all of these may have together at most.
 _MOST_SIMULATED, _MOST_ACTIONS = 24, 1_000_000
 # Stages have more or less than equal shares of their rank's memory: balances for some are walked through, the fastest
 # one first, where a schedule has no more actions than this.
 _SHARES, _MOST_WALKED = (2.0, 1.5, 1.25, 1.0, 0.85), 20_000
 _MOST_CLIMBED = 300_000  # actions of all neighbours of a balance together, where it is improved by simulating them
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way to train.
-
-    Attributes:
-        recompute: a policy for all stages, or one for each.
-        balance: layers of each stage, or how to find them: auto, even, least_variance.
-    """
-
-    schedule: str
-    stages_per_rank: int
-    num_microbatches: int
-    recompute: str | tuple[str, ...]
-    balance: str | tuple[int, ...] = AUTO
-
-
-@dataclass(frozen=True)
-class StageForecast:
-    """What one stage would do in a step.
-
-    Attributes:
-        cost: of one micro-batch.
-        idle_s: of its rank.
-        memory: in the fullest moment of its rank.
-    """
-
-    cost: StageCost
-    idle_s: float
-    memory: Memory
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What the simulator says of a choice.
-
-    Attributes:
-        rank_bytes: what each rank holds in its fullest moment.
-        fits: whether all ranks have that much.
-    """
-
-    choice: Choice
-    balance: tuple[int, ...]
-    step_s: float
-    bubble_fraction: float
-    stages: tuple[StageForecast, ...]
-    rank_bytes: tuple[int, ...]
-    fits: bool
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What plans are made for.
-
-    Attributes:
-        model: the costs of all layers for micro-batches of so many samples.
-        devices: one for each rank.
-        recomputed: for each layer, whether `recompute` may run it again.
-        process_bytes: what a rank holds before it has built its stage.
-    """
-
-    model: Callable[[int], ModelCost]
-    batch_size: int
-    devices: tuple[Device, ...]
-    link: Link
-    recomputed: tuple[bool, ...]
-    process_bytes: int = 0
-
-    def model_of(self, num_microbatches: int) -> ModelCost:
-        """For the largest micro-batches that so many make."""
-        return self.model(-(-self.batch_size // num_microbatches))
 
 
 class FitsNowhere(ConfigError):
@@ -166,67 +91,6 @@ def _neighbours(balance: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [tuple(n - (s == a) + (s == b) for s, n in enumerate(balance)) for a, b in moves]
 
 
-def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Forecast:
-    """Simulates one step, and walks through its memory."""
-    schedule = schedule_of(setting, choice)
-    cut = Cut(setting.model_of(choice.num_microbatches), balance, setting.recomputed)
-    homes = [setting.devices[rank] for rank in schedule.placement]
-    costs = cut.costs(split=schedule.is_split, slowness=[home.slowness for home in homes])
-    spans = simulate(schedule, costs, setting.link)
-    busy_s = [0.0] * schedule.num_ranks
-    for span in spans:
-        busy_s[schedule.placement[span.action.stage]] += span.seconds
-    used = memory(schedule, cut.bytes())
-    rank_bytes = _rank_bytes(setting, schedule, used)
-    step_s = max(span.end_s for span in spans)
-    return Forecast(
-        choice=choice,
-        balance=balance,
-        step_s=step_s,
-        bubble_fraction=bubble_fraction(spans, schedule.num_ranks),
-        stages=tuple(
-            StageForecast(cost, step_s - busy_s[rank], used[s])
-            for s, (cost, rank) in enumerate(zip(costs, schedule.placement, strict=True))
-        ),
-        rank_bytes=tuple(rank_bytes),
-        fits=_is_enough(setting, rank_bytes),
-    )
-
-
-def _fits(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> bool:
-    """Whether every rank has what it needs in its fullest moment."""
-    schedule = schedule_of(setting, choice)
-    used = memory(schedule, Cut(setting.model_of(choice.num_microbatches), balance, setting.recomputed).bytes())
-    return _is_enough(setting, _rank_bytes(setting, schedule, used))
-
-
-def _rank_bytes(setting: Setting, schedule: Schedule, used: Sequence[Memory]) -> list[int]:
-    rank_bytes = [setting.process_bytes] * schedule.num_ranks
-    for stage, rank in enumerate(schedule.placement):
-        rank_bytes[rank] += used[stage].total
-    return rank_bytes
-
-
-def _is_enough(setting: Setting, rank_bytes: Sequence[int]) -> bool:
-    return all(need <= device.memory_bytes for need, device in zip(rank_bytes, setting.devices, strict=True))
-
-
-def schedule_of(setting: Setting, choice: Choice) -> Schedule:
-    """The compute of a choice's schedule, with its recomputes."""
-    compute = _compute_of(setting, choice)
-    policies = choice.recompute
-    return add_recompute(compute, [policies] * compute.num_stages if isinstance(policies, str) else policies)
-
-
-def _compute_of(setting: Setting, choice: Choice) -> Schedule:
-    return _compute(choice.schedule, len(setting.devices), choice.num_microbatches, choice.stages_per_rank)
-
-
-@lru_cache(maxsize=8)
-def _compute(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
-    return generate(name, num_ranks, num_microbatches, stages_per_rank)
-
-
 # ---- a draft of every choice -------------------------------------------------------------------------------------
 
 
@@ -283,23 +147,23 @@ def _balance(
         unlimited[wanted] = best(chain, [replace(seat, memory_bytes=math.inf) for seat in seats])
     if 4 * len(seats) * choice.num_microbatches > _MOST_WALKED:  # what the chain says of memory must be enough
         shares: Sequence[float] = (1.0,)
-        fits = partial(fits_memory, chain, seats)
+        is_enough = partial(fits_memory, chain, seats)
     else:
-        shares, fits = _SHARES, partial(_fits, setting, choice)
-    if fits(unlimited[wanted]):
+        shares, is_enough = _SHARES, partial(fits, setting, choice)
+    if is_enough(unlimited[wanted]):
         return unlimited[wanted], True
     for share in shares:
         with suppress(ConfigError):
             found = best(chain, [replace(seat, memory_bytes=share * seat.memory_bytes) for seat in seats])
-            if fits(found):
+            if is_enough(found):
                 return found, True
     found = leanest(chain, seats)
-    return found, fits(found)
+    return found, is_enough(found)
 
 
 def _chain(setting: Setting, model: ModelCost, choice: Choice) -> Chain:
     """The layers as balancing sees them. Every stage has room for one recomputed graph of all its layers."""
-    split = _compute_of(setting, choice).is_split
+    split = compute_of(setting, choice).is_split
     redone = [again and choice.recompute != NEVER for again in setting.recomputed]
     of_outputs = [0] * len(model.layers)
     for value in model.values:
@@ -326,7 +190,7 @@ def _seconds(layer: LayerCost, is_recomputed: bool, split: bool) -> float:
 
 def _seats(setting: Setting, model: ModelCost, choice: Choice) -> list[Seat]:
     """For each stage its rank's device, of whose memory the stages on it have equal shares."""
-    each, schedule = choice.stages_per_rank, _compute_of(setting, choice)
+    each, schedule = choice.stages_per_rank, compute_of(setting, choice)
     working = max(max(layer.forward_bytes, layer.backward_bytes) for layer in model.layers)
     return [
         Seat(
@@ -345,7 +209,7 @@ def _estimate_s(setting: Setting, model: ModelCost, choice: Choice, balance: Seq
     third of that where backwards are split (where forwards and halves take as long).
     """
     num_ranks, each = len(setting.devices), choice.stages_per_rank
-    schedule = _compute_of(setting, choice)
+    schedule = compute_of(setting, choice)
     chain = _chain(setting, model, choice)
     slowness = [setting.devices[rank].slowness for rank in schedule.placement]
     ends = list(accumulate(balance))

@@ -9,7 +9,8 @@ import pytest
 from pipetrain.costs import Device, LayerCost, Link, ModelCost, ValueCost
 from pipetrain.errors import ConfigError
 from pipetrain.sim import planner
-from pipetrain.sim.planner import Choice, FitsNowhere, Forecast, Setting, forecast, plans
+from pipetrain.sim.forecast import Choice, Forecast, Setting, forecast
+from pipetrain.sim.planner import FitsNowhere, plans
 
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("zb_h1", 1), ("interleaved", 2), ("zb_v", 2))
 CHOICES = [

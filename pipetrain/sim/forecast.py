@@ -1,0 +1,148 @@
+"""What a choice would do: one step simulated, and its memory walked through."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from pipetrain.costs import Device, Link, ModelCost, StageCost
+from pipetrain.schedule import Schedule, bubble_fraction, generate
+from pipetrain.schedule.recompute import add_recompute
+from pipetrain.sim.cut import Cut
+from pipetrain.sim.memory import Memory, memory
+from pipetrain.sim.simulate import simulate
+
+AUTO, EVEN, LEAST_VARIANCE = "auto", "even", "least_variance"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to train.
+
+    Attributes:
+        recompute: a policy for all stages, or one for each.
+        balance: layers of each stage, or how to find them: auto, even, least_variance.
+    """
+
+    schedule: str
+    stages_per_rank: int
+    num_microbatches: int
+    recompute: str | tuple[str, ...]
+    balance: str | tuple[int, ...] = AUTO
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What one stage would do in a step.
+
+    Attributes:
+        cost: of one micro-batch.
+        idle_s: of its rank.
+        memory: in the fullest moment of its rank.
+    """
+
+    cost: StageCost
+    idle_s: float
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the simulator says of a choice.
+
+    Attributes:
+        rank_bytes: what each rank holds in its fullest moment.
+        fits: whether all ranks have that much.
+    """
+
+    choice: Choice
+    balance: tuple[int, ...]
+    step_s: float
+    bubble_fraction: float
+    stages: tuple[StageForecast, ...]
+    rank_bytes: tuple[int, ...]
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What plans are made for.
+
+    Attributes:
+        model: the costs of all layers for micro-batches of so many samples.
+        devices: one for each rank.
+        recomputed: for each layer, whether `recompute` may run it again.
+        process_bytes: what a rank holds before it has built its stage.
+    """
+
+    model: Callable[[int], ModelCost]
+    batch_size: int
+    devices: tuple[Device, ...]
+    link: Link
+    recomputed: tuple[bool, ...]
+    process_bytes: int = 0
+
+    def model_of(self, num_microbatches: int) -> ModelCost:
+        """For the largest micro-batches that so many make."""
+        return self.model(-(-self.batch_size // num_microbatches))
+
+
+def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Forecast:
+    """Simulates one step, and walks through its memory."""
+    schedule = schedule_of(setting, choice)
+    cut = Cut(setting.model_of(choice.num_microbatches), balance, setting.recomputed)
+    homes = [setting.devices[rank] for rank in schedule.placement]
+    costs = cut.costs(split=schedule.is_split, slowness=[home.slowness for home in homes])
+    spans = simulate(schedule, costs, setting.link)
+    busy_s = [0.0] * schedule.num_ranks
+    for span in spans:
+        busy_s[schedule.placement[span.action.stage]] += span.seconds
+    used = memory(schedule, cut.bytes())
+    rank_bytes = _rank_bytes(setting, schedule, used)
+    step_s = max(span.end_s for span in spans)
+    return Forecast(
+        choice=choice,
+        balance=balance,
+        step_s=step_s,
+        bubble_fraction=bubble_fraction(spans, schedule.num_ranks),
+        stages=tuple(
+            StageForecast(cost, step_s - busy_s[rank], used[s])
+            for s, (cost, rank) in enumerate(zip(costs, schedule.placement, strict=True))
+        ),
+        rank_bytes=tuple(rank_bytes),
+        fits=_is_enough(setting, rank_bytes),
+    )
+
+
+def fits(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> bool:
+    """Whether every rank has what it needs in its fullest moment."""
+    schedule = schedule_of(setting, choice)
+    used = memory(schedule, Cut(setting.model_of(choice.num_microbatches), balance, setting.recomputed).bytes())
+    return _is_enough(setting, _rank_bytes(setting, schedule, used))
+
+
+def _rank_bytes(setting: Setting, schedule: Schedule, used: Sequence[Memory]) -> list[int]:
+    rank_bytes = [setting.process_bytes] * schedule.num_ranks
+    for stage, rank in enumerate(schedule.placement):
+        rank_bytes[rank] += used[stage].total
+    return rank_bytes
+
+
+def _is_enough(setting: Setting, rank_bytes: Sequence[int]) -> bool:
+    return all(need <= device.memory_bytes for need, device in zip(rank_bytes, setting.devices, strict=True))
+
+
+def schedule_of(setting: Setting, choice: Choice) -> Schedule:
+    """The compute of a choice's schedule, with its recomputes."""
+    compute = compute_of(setting, choice)
+    policies = choice.recompute
+    return add_recompute(compute, [policies] * compute.num_stages if isinstance(policies, str) else policies)
+
+
+def compute_of(setting: Setting, choice: Choice) -> Schedule:
+    """The same without them."""
+    return _compute(choice.schedule, len(setting.devices), choice.num_microbatches, choice.stages_per_rank)
+
+
+@lru_cache(maxsize=8)
+def _compute(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
+    return generate(name, num_ranks, num_microbatches, stages_per_rank)
