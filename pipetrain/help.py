@@ -12,6 +12,7 @@ import pipetrain
 from pipetrain.config import SCHEMAS, Config
 
 GROUPS = (*SCHEMAS, "lr_rule", "experiment", "device")  # the folders of conf/
+KEYS = {"device": "plan.device"}  # of groups that are typed by another name than their folder's
 VERSION = f"pipetrain {pipetrain.__version__}"
 
 _EXAMPLES = (
@@ -107,7 +108,7 @@ def text(values: Mapping[str, Any], folders: Sequence[Path]) -> str:
         f"{VERSION}: pipeline-parallel training, driven by key=value settings",
         _table(_EXAMPLES),
         "Files to choose from, as in model=transformer_tiny\n"
-        + _table([(group, ", ".join(names)) for group, names in choices(folders).items()]),
+        + _table([(KEYS.get(group, group), ", ".join(names)) for group, names in choices(folders).items()]),
     ]
     rows: dict[str, list[tuple[str, str, str]]] = {}
     for setting in settings(values).values():

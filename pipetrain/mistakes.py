@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipetrain.help import GROUPS, choices, settings
+from pipetrain.help import GROUPS, KEYS, choices, settings
 from pipetrain.suggest import did_you_mean, one_of
 
 
@@ -75,8 +75,7 @@ def unknown_key(key: str) -> str:
 def unknown_choice(group: str, given: str, folders: Sequence[Path]) -> str:
     """What is said about `model=transformr`; nothing if `group` is none of pipetrain's."""
     names = choices(folders).get(group)
-    key = "plan.device" if group == "device" else group
-    return f"{key}={given}: no such {group}. {one_of(given, names)}" if names else ""
+    return f"{KEYS.get(group, group)}={given}: no such {group}. {one_of(given, names)}" if names else ""
 
 
 def wrong_value(key: str, given: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import DESCRIBED
 
 from pipetrain import config, rules
 from pipetrain.config import (
@@ -13,7 +14,6 @@ from pipetrain.config import (
     AmoebaNetConfig,
     AnythingConfig,
     Config,
-    DeviceConfig,
     ImagesConfig,
     LrRuleConfig,
     RmspropConfig,
@@ -26,19 +26,6 @@ from pipetrain.config import (
     wanted_ranks,
 )
 from pipetrain.errors import ConfigError
-
-DESCRIBED = DeviceConfig(
-    name="X",
-    memory_gib=1.0,
-    fp32_tflops=1.0,
-    bf16_tflops=4.0,
-    fp64_tflops=0.5,
-    memory_gb_per_s=100.0,
-    link_gb_per_s=10.0,
-    link_us=10.0,
-    kernel_us=5.0,
-    efficiency=0.5,
-)
 
 
 def settings(**changes: Any) -> Config:

@@ -7,10 +7,8 @@ Before it, the ranks agree on what kinds of micro-batches the step has. Behind i
 once, for the loss, the norm of the gradient and the measurements (`report`). What travels in between is `exchange`'s.
 """
 
-import gc
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +24,7 @@ from pipetrain.engine.structure import key_of
 from pipetrain.engine.tied import Tie, followers, share_memory, sum_gradients
 from pipetrain.engine.transport import Transport
 from pipetrain.errors import StageFailed
+from pipetrain.garbage import no_garbage_collection
 from pipetrain.schedule import BATCH, WEIGHT_GRADIENTS, Action, Kind, Schedule, Span
 
 
@@ -192,7 +191,7 @@ class Runtime:
         self._keys = self._exchange.agree_on_keys(keys)
 
     def _run(self, program: Program) -> None:
-        with next(iter(self.stages.values())).random.preserved(), _no_garbage_collection():
+        with next(iter(self.stages.values())).random.preserved(), no_garbage_collection():
             for action in program.actions:
                 self.current = action
                 self._do[action.kind](action)
@@ -280,15 +279,3 @@ class Runtime:
                 f"ranks {different} hold another schedule or another version of torch than rank 0: "
                 "start all ranks with the same settings and the same environment"
             )
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Python looks for cycles between steps: in one it would stop a rank for up to 0.1 s, and all others with it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

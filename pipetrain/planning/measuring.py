@@ -37,7 +37,7 @@ _MESSAGES = 30
 
 
 def run_measuring_worker(argument: str, rank: int) -> None:
-    """Body of a local worker process that measures; the first rank leaves the profile in the run's scratch folder."""
+    """Body of a local worker process that measures; the first rank leaves the profile in its folder."""
     job, rows = json.loads(argument)
     run_process(job, rank, partial(_body, rows=rows, rank=rank))
 

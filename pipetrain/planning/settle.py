@@ -23,7 +23,7 @@ from pipetrain.profile.signature import shown
 from pipetrain.profile.store import Profile, hashed, load, save
 from pipetrain.schedule import ALWAYS, SELECTIVE
 from pipetrain.sim.balance import even
-from pipetrain.sim.forecast import Choice, Forecast, Setting, forecast
+from pipetrain.sim.forecast import AUTO, LEAST_VARIANCE, Choice, Forecast, Setting, forecast
 from pipetrain.sim.planner import plans
 from pipetrain.training.build import build_recipe, is_recomputed
 from pipetrain.training.data import open_data
@@ -94,7 +94,11 @@ def _is_open(job: Job) -> bool:
     """Whether there is something to choose, or to say."""
     if job.cfg.plan.device is not None:
         return True
-    return job.cfg.balance in ("auto", "least_variance") and num_stages(job.cfg, len(job.devices)) > 1
+    return _is_searched(job.cfg.balance) and num_stages(job.cfg, len(job.devices)) > 1
+
+
+def _is_searched(balance: Any) -> bool:
+    return balance in (AUTO, LEAST_VARIANCE)
 
 
 def _rows(job: Job) -> list[int]:
@@ -115,7 +119,7 @@ def _settled(job: Job, recipe: Recipe, profile: Profile, say: Say) -> Job:
     best = plans(setting, [choice])[0]
     job.run.root.mkdir(parents=True, exist_ok=True)
     job.run.profile.write_text(profile.to_json())
-    if cfg.balance in ("auto", "least_variance") and len(best.balance) > 1:
+    if _is_searched(cfg.balance) and len(best.balance) > 1:
         say(_told(best, forecast(setting, choice, even(len(recipe.layers), len(best.balance)))))
     cfg = dataclasses.replace(cfg, balance=list(best.balance))
     return dataclasses.replace(job, cfg=cfg, prediction=_prediction(best))

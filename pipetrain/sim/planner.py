@@ -5,16 +5,16 @@ ones are then simulated, action by action, and walked through for their memory. 
 the simulator and the memory model say of its schedule, never the estimate.
 """
 
-import gc
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise, permutations
 
 from pipetrain.costs import LayerCost, ModelCost
 from pipetrain.errors import ConfigError
+from pipetrain.garbage import no_garbage_collection
 from pipetrain.schedule import EXCEPT_LAST, NEVER, Kind, Schedule, peak_in_flight
 from pipetrain.sim.balance import even
 from pipetrain.sim.cut import crossing_bytes
@@ -30,15 +30,7 @@ _MOST_CLIMBED = 300_000  # actions of all neighbours of a balance together, wher
 
 
 class FitsNowhere(ConfigError):
-    """No plan fits the memory of the devices.
-
-    Attributes:
-        best: the forecast that needs the least of it.
-    """
-
-    def __init__(self, message: str, best: Forecast) -> None:
-        super().__init__(message)
-        self.best = best
+    """No plan fits the memory of the devices; the text names the one that needs the least of it."""
 
 
 def plans(setting: Setting, choices: Sequence[Choice]) -> list[Forecast]:
@@ -50,7 +42,7 @@ def plans(setting: Setting, choices: Sequence[Choice]) -> list[Forecast]:
     """
     found: list[Forecast] = []
     actions = 0
-    with _without_garbage_collection():
+    with no_garbage_collection():
         for draft in _drafts(setting, choices)[:_MOST_SIMULATED]:
             actions += 4 * len(draft.balance) * draft.choice.num_microbatches
             if found and actions > _MOST_ACTIONS:
@@ -60,7 +52,7 @@ def plans(setting: Setting, choices: Sequence[Choice]) -> list[Forecast]:
     fitting = [each for each in found if each.fits]
     if not fitting:
         least = min(found, key=lambda each: max(each.rank_bytes))
-        raise FitsNowhere(_does_not_fit(setting, least), least)
+        raise FitsNowhere(_does_not_fit(setting, least))
     return sorted(fitting, key=lambda each: (each.step_s, max(each.rank_bytes)))
 
 
@@ -250,15 +242,3 @@ def gib(num_bytes: float) -> str:
     '1.50 GiB'
     """
     return f"{num_bytes / 2**30:.2f} GiB"
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Python would look for cycles among millions of actions, again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

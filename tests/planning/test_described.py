@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import DESCRIBED as DEVICE
 from runs import settings, tokens_of
 from torch import Tensor, nn
 
-from pipetrain.config import DeviceConfig, PlanConfig, TransformerConfig
+from pipetrain.config import PlanConfig, TransformerConfig
 from pipetrain.errors import ConfigError
 from pipetrain.models import LayerRecipe, Recipe
 from pipetrain.paths import RunPaths
@@ -18,19 +19,6 @@ from pipetrain.planning.described import described_profile, kernel_time
 from pipetrain.preview import preview
 from pipetrain.training.build import build_recipe
 from pipetrain.training.job import Job
-
-DEVICE = DeviceConfig(
-    name="X",
-    memory_gib=1.0,
-    fp32_tflops=1.0,
-    bf16_tflops=4.0,
-    fp64_tflops=0.5,
-    memory_gb_per_s=100.0,
-    link_gb_per_s=10.0,
-    link_us=10.0,
-    kernel_us=5.0,
-    efficiency=0.5,
-)
 
 
 def job_of(tmp_path: Path) -> Job:

@@ -13,6 +13,7 @@ from pipetrain.config import (
     AdamConfig,
     CheckpointConfig,
     Config,
+    DeviceConfig,
     EvalConfig,
     LrRuleConfig,
     TextConfig,
@@ -28,6 +29,18 @@ from pipetrain.training.job import Job
 from pipetrain.training.loop import Signals, train
 
 CPU = torch.device("cpu")
+DESCRIBED = DeviceConfig(
+    name="X",
+    memory_gib=1.0,
+    fp32_tflops=1.0,
+    bf16_tflops=4.0,
+    fp64_tflops=0.5,
+    memory_gb_per_s=100.0,
+    link_gb_per_s=10.0,
+    link_us=10.0,
+    kernel_us=5.0,
+    efficiency=0.5,
+)
 
 
 def settings(**changes: Any) -> Config:
