@@ -14,7 +14,8 @@ from typing import Any
 from pipetrain.schedule import POLICIES, SCHEDULES, is_file, read_file
 
 MAX_DEFAULT_MICRO_BATCHES = 16
-BALANCES = ("even", "auto", "least_variance")  # the rules; the others are lists
+AUTO = "auto"  # the planner chooses
+BALANCES = (AUTO, "even", "least_variance")  # the rules; the others are lists
 MIN_DEFAULT_SAMPLES = 4  # in a micro-batch of a model with BatchNorm, which normalises each by itself
 
 
@@ -213,25 +214,30 @@ class Config:
     model: ModelConfig = setting("the model and its size", "???")
     data: DataConfig = setting("the data", "???")
     devices: Any = setting("4 | auto | cpu | cpu:4 | cuda:1 | [0,1] | [cuda:0,cuda:1]", "auto")
-    partitions: int | None = setting(
-        "number of stages; null = one for each device, for interleaved, looped_bfs and zb_v two", None
+    partitions: Any = setting(
+        "number of stages | null (one for each device, for interleaved, looped_bfs and zb_v two) | auto (one or "
+        "several for each, whatever is fastest)",
+        None,
     )
     balance: Any = setting(
-        "layers of each stage: even | auto (the slowest stage is fastest) | least_variance (GPipe's criterion), where "
-        "layers are measured first | a list such as [2,3,3]",
-        "even",
+        "layers of each stage: auto (the slowest stage is fastest) | least_variance (GPipe's criterion), where layers "
+        "are measured first | even | a list such as [2,3,3]",
+        AUTO,
     )
     batch_size: int = setting("samples in one mini-batch", 16)
-    micro_batches: int | None = setting(
-        "pieces of a mini-batch; null = min(16, batch_size), of amoebanet a quarter", None
+    micro_batches: Any = setting(
+        "pieces of a mini-batch | null (min(16, batch_size), of amoebanet a quarter) | auto (whatever is fastest)", None
     )
     schedule: str = setting(
-        "order of the pipeline's work: " + " | ".join(SCHEDULES) + " | the path of a .csv file", "gpipe"
+        "order of the pipeline's work: "
+        + " | ".join(SCHEDULES)
+        + " | auto (whatever is fastest) | the path of a .csv file",
+        "gpipe",
     )
     recompute: Any = setting(
         "run each forward again before its backward, to save memory: "
         + " | ".join(POLICIES)
-        + " (recompute_layers) | a list, one for each stage",
+        + " (recompute_layers) | auto (whatever is fastest and fits) | a list, one for each stage",
         "always",
     )
     recompute_layers: list[str] | None = setting(
@@ -301,25 +307,42 @@ def from_json(text: str) -> Config:
     return Config(**raw)
 
 
+# What follows gives the usual value where the planner is yet to choose.
+
+
 def num_microbatches(cfg: Config) -> int:
     """Micro-batches of one mini-batch. The default does not depend on the devices: numbers must not either."""
-    if cfg.micro_batches is not None:
-        return cfg.micro_batches
+    if is_number(cfg.micro_batches):
+        return int(cfg.micro_batches)
     if is_file(cfg.schedule):
         return read_file(cfg.schedule).num_microbatches
-    samples = MIN_DEFAULT_SAMPLES if isinstance(cfg.model, AmoebaNetConfig) else 1
-    return min(MAX_DEFAULT_MICRO_BATCHES, max(1, cfg.batch_size // samples))
+    return min(MAX_DEFAULT_MICRO_BATCHES, max(1, cfg.batch_size // least_samples(cfg)))
+
+
+def least_samples(cfg: Config) -> int:
+    """In a micro-batch, where nobody says otherwise."""
+    return MIN_DEFAULT_SAMPLES if isinstance(cfg.model, AmoebaNetConfig) else 1
 
 
 def num_stages(cfg: Config, num_ranks: int) -> int:
     """Stages of the whole pipeline: the partitions asked for, or as many on each rank as the schedule usually has."""
     if is_file(cfg.schedule):
         return read_file(cfg.schedule).num_stages
-    return cfg.partitions or num_ranks * SCHEDULES[cfg.schedule].usual
+    return int(cfg.partitions) if is_number(cfg.partitions) else num_ranks * _usual_stages(cfg)
 
 
 def wanted_ranks(cfg: Config) -> int | None:
     """How many ranks `devices=auto` should give, where the partitions or a file of the schedule say it."""
     if is_file(cfg.schedule):
         return read_file(cfg.schedule).num_ranks
-    return None if cfg.partitions is None else max(1, cfg.partitions // SCHEDULES[cfg.schedule].usual)
+    return max(1, cfg.partitions // _usual_stages(cfg)) if is_number(cfg.partitions) else None
+
+
+def _usual_stages(cfg: Config) -> int:
+    """On each rank."""
+    return 1 if cfg.schedule == AUTO else SCHEDULES[cfg.schedule].usual
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a whole one."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -5,6 +5,7 @@ so there is no port to collide on and nothing listens but gloo's own loopback pa
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -22,6 +23,7 @@ import torch
 
 from pipetrain import rules
 from pipetrain.config import (
+    AUTO,
     AmoebaNetConfig,
     AnythingConfig,
     Config,
@@ -117,6 +119,8 @@ def prepare(
             say(f"skipped a checkpoint: {reason}")
         saved = checkpoint.read_manifest(found)
         rules.check_resume(cfg, saved.config)
+        if cfg.micro_batches == AUTO:  # the numbers depend on it; what else is left open may be chosen anew
+            cfg = dataclasses.replace(cfg, micro_batches=saved.config["micro_batches"])
     data = prepare_data(cfg, say)
     steps_of_epoch = open_data(cfg, data, "train").num_batches
     if cfg.eval.every:

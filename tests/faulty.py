@@ -67,6 +67,14 @@ def while_measured(self: Stage, microbatch: int, gradients: Any, **options: Any)
     raise RuntimeError("this layer does not like to be watched")
 
 
+def short_of_memory(self: Stage, microbatch: int, gradients: Any, **options: Any) -> Any:
+    """The second rank has no memory for backwards of more than two samples."""
+    rows = max((gradient.shape[0] for gradient in gradients.values() if gradient.dim()), default=0)
+    if rows > 2 and torch.distributed.get_rank() == 1:
+        raise MemoryError
+    return _backward(self, microbatch, gradients, **options)
+
+
 def masks_of_the_stage(self: Stage, mode: bool) -> None:
     self.random._seed = 100 + self.index
     _train(self, mode)

@@ -66,7 +66,6 @@ MISTAKES = [
         "experiment=nope: no such experiment. Choose one of: amoebanet_paper, deep, demo, fashion_mnist, scaling",
     ),
     (["hydra/launcher=nope"], "Available options in 'hydra/launcher'"),
-    (["micro_batches=four"], "micro_batches=four must be a whole number, or null"),
     (["steps=1.5"], "steps=1.5 must be a whole number"),
     (["model.layers=null"], "model.layers=null must be a whole number"),
     (["model.tied=maybe"], "model.tied=maybe must be true or false"),

@@ -93,10 +93,10 @@ def test_bad_input_is_answered(tmp_path: Path, make: Callable[[Path], Config], t
     assert not run_folder.exists(), "nothing is written"
 
 
-def finished_run(tmp_path: Path) -> Config:
+def finished_run(tmp_path: Path, **changes: Any) -> Config:
     cfg = settings(data=TextConfig(path=str(tmp_path / "text.txt"), seq_len=8, cache_dir=str(tmp_path / "cache"),
                                    valid_fraction=0.1, test_fraction=0.1), steps=2, devices=1,
-                   eval=EvalConfig(), checkpoint=CheckpointConfig())  # fmt: skip
+                   eval=EvalConfig(), checkpoint=CheckpointConfig(), **changes)  # fmt: skip
     run(tmp_path, "run", 1, cfg)
     return dataclasses.replace(cfg, resume=str(tmp_path / "run"))
 
@@ -126,6 +126,16 @@ def test_devices_balance_and_steps_may_change_on_resume(tmp_path: Path) -> None:
     cfg = dataclasses.replace(finished_run(tmp_path), devices=2, balance=[1, 3], steps=9, recompute="never")
     job = prepare(cfg, RunPaths(tmp_path / "run"), 0)
     assert job.checkpoint == tmp_path / "run" / "checkpoints" / "step_00000002"
+
+
+def test_micro_batches_that_were_left_to_the_planner_stay_on_resume(tmp_path: Path) -> None:
+    """The numbers depend on them. What else is open may be chosen anew, and is no change."""
+    cfg = finished_run(tmp_path, micro_batches=2)
+    cfg = dataclasses.replace(cfg, micro_batches="auto", balance="auto", recompute="auto", steps=9)
+    said: list[str] = []
+    job = prepare(cfg, RunPaths(tmp_path / "run"), 0, say=said.append)
+    assert (job.cfg.micro_batches, job.cfg.balance, job.cfg.recompute) == (2, "auto", "auto")
+    assert said == ["going on from step 2, with steps=9 (was 2)"]
 
 
 def test_a_changed_text_is_found_on_resume(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def measure_together(
     are measured between the first two ranks.
 
     Args:
-        rows: samples in a micro-batch, one or several sizes.
+        rows: samples in a micro-batch, one or several sizes, ascending.
         announce: is told the name of each layer before it is measured.
 
     Returns:
@@ -71,10 +71,9 @@ def measure_together(
     process_bytes = _resident_bytes() if device.type == "cpu" else 0
     kinds: list[str] = [""] * world
     dist.all_gather_object(kinds, kind_of(device))
-    costs: dict[int, ModelCost] = {}
-    for number in rows:
-        dist.barrier()
-        costs[number] = model_cost(job, number, device, announce)
+    costs = _costs_that_fit(job, rows, device, announce)
+    measured: list[list[int]] = [[]] * world
+    dist.all_gather_object(measured, list(costs))
     seconds: list[float] = [0.0] * world
     dist.all_gather_object(seconds, sum(layer.forward_s + layer.backward_s for layer in costs[rows[0]].layers))
     link = measure_link(connect(device, TIMEOUT), device) if world > 1 else Link()
@@ -88,8 +87,26 @@ def measure_together(
         slowness={kind: own / seconds[0] for kind, own in reversed(list(zip(kinds, seconds, strict=True)))},
         link=link,
         process_bytes=process_bytes,
-        costs=costs,
+        costs={number: costs[number] if all(number in each for each in measured) else None for number in rows},
     )
+
+
+def _costs_that_fit(
+    job: Job, rows: Sequence[int], device: torch.device, announce: Callable[[str], object]
+) -> dict[int, ModelCost]:
+    """Of the sizes up to the first one for which this device has no memory."""
+    costs: dict[int, ModelCost] = {}
+    is_full = False
+    for number in rows:
+        dist.barrier()
+        try:
+            if not is_full:
+                costs[number] = model_cost(job, number, device, announce)
+        except (MemoryError, torch.OutOfMemoryError):
+            if not costs:
+                raise
+            is_full = True
+    return costs
 
 
 def model_cost(job: Job, rows: int, device: torch.device, announce: Callable[[str], object]) -> ModelCost:

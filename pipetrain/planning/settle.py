@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 import pipetrain
-from pipetrain.config import num_microbatches, num_stages
 from pipetrain.costs import Device
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.models import Recipe
 from pipetrain.paths import RunPaths
+from pipetrain.planning.choices import choices, left_open
 from pipetrain.planning.described import described_profile
 from pipetrain.planning.measuring import cpu_name, measure_together, run_measuring_worker
 from pipetrain.profile.bench import signatures_of
@@ -23,12 +23,12 @@ from pipetrain.profile.signature import shown
 from pipetrain.profile.store import Profile, hashed, load, save
 from pipetrain.schedule import ALWAYS, SELECTIVE
 from pipetrain.sim.balance import even
-from pipetrain.sim.forecast import AUTO, LEAST_VARIANCE, Choice, Forecast, Setting, forecast
+from pipetrain.sim.forecast import Forecast, Setting, forecast
 from pipetrain.sim.planner import plans
 from pipetrain.training.build import build_recipe, is_recomputed
 from pipetrain.training.data import open_data
 from pipetrain.training.job import Job
-from pipetrain.training.plan import Prediction, StagePrediction
+from pipetrain.training.plan import Prediction, StagePrediction, Weighed
 
 # (job, worker, its argument, seconds that it may take) -> exit code; see `launch.run_job`
 RunJob = Callable[[Job, Callable[[str, int], None], str, float], int]
@@ -53,9 +53,10 @@ def settle(job: Job, run_job: RunJob, say: Say) -> Job:
     if not _is_open(job):
         return job
     recipe = build_recipe(job.cfg, job.data)
+    rows = _rows(job, recipe)
     if job.cfg.plan.device is not None:
-        return _settled(job, recipe, described_profile(job, recipe, _rows(job)), say)
-    about, rows = _about(job, recipe), _rows(job)
+        return _settled(job, recipe, described_profile(job, recipe, rows), say)
+    about = _about(job, recipe)
     profile = _kept(job, about, rows)
     if profile is None:
         profile = _keep(job, _measured(job, rows, run_job, say), about)
@@ -71,7 +72,7 @@ def settle_together(job: Job, device: torch.device) -> Job:
     if not _is_open(job):
         return job
     recipe, rank = build_recipe(job.cfg, job.data), dist.get_rank()
-    about, rows = _about(job, recipe), _rows(job)
+    about, rows = _about(job, recipe), _rows(job, recipe)
     profile = _kept(job, about, rows) if rank == 0 else None
     is_kept = [profile is not None]
     dist.broadcast_object_list(is_kept, src=0)
@@ -92,43 +93,56 @@ def settle_together(job: Job, device: torch.device) -> Job:
 
 def _is_open(job: Job) -> bool:
     """Whether there is something to choose, or to say."""
-    if job.cfg.plan.device is not None:
-        return True
-    return _is_searched(job.cfg.balance) and num_stages(job.cfg, len(job.devices)) > 1
+    return job.cfg.plan.device is not None or bool(left_open(job.cfg, len(job.devices)))
 
 
-def _is_searched(balance: Any) -> bool:
-    return balance in (AUTO, LEAST_VARIANCE)
-
-
-def _rows(job: Job) -> list[int]:
-    """The samples of the largest micro-batches."""
-    return [-(-job.cfg.batch_size // num_microbatches(job.cfg))]
+def _rows(job: Job, recipe: Recipe) -> list[int]:
+    """The samples of the largest micro-batches, of all numbers of micro-batches that may be chosen."""
+    counts = {choice.num_microbatches for choice in choices(job.cfg, len(job.devices), len(recipe.layers))}
+    return sorted({-(-job.cfg.batch_size // count) for count in counts})
 
 
 def _settled(job: Job, recipe: Recipe, profile: Profile, say: Say) -> Job:
-    cfg, num_ranks = job.cfg, len(job.devices)
-    choice = Choice(
-        schedule=cfg.schedule,
-        stages_per_rank=num_stages(cfg, num_ranks) // num_ranks,
-        num_microbatches=num_microbatches(cfg),
-        recompute=tuple(cfg.recompute) if isinstance(cfg.recompute, list) else cfg.recompute,
-        balance=tuple(cfg.balance) if isinstance(cfg.balance, list) else cfg.balance,
+    num_ranks, setting = len(job.devices), _setting(job, recipe, profile)
+    measured = {rows for rows, cost in profile.costs.items() if cost is not None}
+    ranked = plans(
+        setting,
+        [
+            choice
+            for choice in choices(job.cfg, num_ranks, len(recipe.layers))
+            if setting.rows_of(choice.num_microbatches) in measured
+        ],
     )
-    setting = _setting(job, recipe, profile)
-    best = plans(setting, [choice])[0]
+    best, opened = ranked[0], left_open(job.cfg, num_ranks)
     job.run.root.mkdir(parents=True, exist_ok=True)
     job.run.profile.write_text(profile.to_json())
-    if _is_searched(cfg.balance) and len(best.balance) > 1:
-        say(_told(best, forecast(setting, choice, even(len(recipe.layers), len(best.balance)))))
-    cfg = dataclasses.replace(cfg, balance=list(best.balance))
-    return dataclasses.replace(job, cfg=cfg, prediction=_prediction(best))
+    if opened:
+        say(_told(best, opened, forecast(setting, best.choice, even(len(recipe.layers), len(best.balance)))))
+    cfg = dataclasses.replace(job.cfg, **{key: _typed(best)[key] for key in (*opened, "balance")})
+    return dataclasses.replace(job, cfg=cfg, prediction=_prediction(ranked, opened))
 
 
-def _told(best: Forecast, as_even: Forecast) -> str:
-    balance, other = (f"[{','.join(map(str, each.balance))}]" for each in (best, as_even))
-    gain = f"; balance=even, which is {other}, would take {as_even.step_s / best.step_s:.2f} times as long"
-    return f"balance={balance} (type that for the same cut again)" + (gain if other != balance else ", as even")
+def _typed(plan: Forecast) -> dict[str, Any]:
+    """The settings of a plan."""
+    choice = plan.choice
+    return {
+        "schedule": choice.schedule,
+        "partitions": len(plan.balance),
+        "micro_batches": choice.num_microbatches,
+        "recompute": choice.recompute if isinstance(choice.recompute, str) else list(choice.recompute),
+        "balance": list(plan.balance),
+    }
+
+
+def _told(best: Forecast, opened: Sequence[str], as_even: Forecast) -> str:
+    typed = _typed(best) | {"balance": f"[{','.join(map(str, best.balance))}]"}
+    text = f"{' '.join(f'{key}={typed[key]}' for key in opened)} (type that for the same plan again)"
+    if "balance" not in opened or len(best.balance) == 1:
+        return text
+    if best.balance == as_even.balance:
+        return f"{text}, as even"
+    other, gain = ",".join(map(str, as_even.balance)), as_even.step_s / best.step_s
+    return f"{text}; balance=even, which is [{other}], would take {gain:.2f} times as long"
 
 
 def _kept(job: Job, about: Mapping[str, str], rows: Sequence[int]) -> Profile | None:
@@ -205,7 +219,7 @@ def _setting(job: Job, recipe: Recipe, profile: Profile) -> Setting:
         for name, kind in ((name, _kind_of(name, kinds)) for name in job.devices)
     ]
     return Setting(
-        model=profile.costs.__getitem__,
+        model={rows: cost for rows, cost in profile.costs.items() if cost is not None}.__getitem__,
         batch_size=cfg.batch_size,
         devices=tuple(devices),
         link=profile.link,
@@ -218,8 +232,9 @@ def _kind_of(device: str, kinds: Sequence[str]) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else kinds[0]
 
 
-def _prediction(best: Forecast) -> Prediction:
+def _prediction(ranked: Sequence[Forecast], opened: Sequence[str]) -> Prediction:
     """For the plan of the run, and to be compared with what is measured."""
+    best = ranked[0]
     return Prediction(
         step_s=best.step_s,
         bubble_fraction=best.bubble_fraction,
@@ -231,5 +246,9 @@ def _prediction(best: Forecast) -> Prediction:
                 memory=dataclasses.asdict(stage.memory),
             )
             for stage in best.stages
+        ],
+        chosen=list(opened),
+        weighed=[
+            Weighed(_typed(plan), plan.step_s, plan.bubble_fraction, max(plan.rank_bytes), plan.fits) for plan in ranked
         ],
     )

@@ -20,7 +20,7 @@ class Profile:
         memory_bytes: of each device, by what it is called.
         slowness: of each kind of device, where the first one has 1.
         process_bytes: what a rank holds before its stage is built.
-        costs: by the samples in a micro-batch.
+        costs: by the samples in a micro-batch; None where not even a layer of so many fits a device.
     """
 
     about: Mapping[str, str]
@@ -28,7 +28,7 @@ class Profile:
     slowness: Mapping[str, float]
     link: Link
     process_bytes: int
-    costs: Mapping[int, ModelCost]
+    costs: Mapping[int, ModelCost | None]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -47,7 +47,7 @@ class Profile:
             slowness=raw["slowness"],
             link=Link(**raw["link"]),
             process_bytes=raw["process_bytes"],
-            costs={int(rows): _model_cost(cost) for rows, cost in raw["costs"].items()},
+            costs={int(rows): cost and _model_cost(cost) for rows, cost in raw["costs"].items()},
         )
 
 

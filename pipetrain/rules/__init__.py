@@ -10,12 +10,14 @@ import re
 from typing import Any
 
 from pipetrain.config import (
+    AUTO,
     AmoebaNetConfig,
     Config,
     ImagesConfig,
     SyntheticConfig,
     TextConfig,
     TransformerConfig,
+    is_number,
 )
 from pipetrain.errors import ConfigError
 from pipetrain.rules.data import check_images, check_synthetic, check_text
@@ -24,7 +26,7 @@ from pipetrain.rules.models import check_amoebanet, check_anything, check_transf
 from pipetrain.rules.optimizers import check_optimizer
 from pipetrain.rules.pipeline import check_model, check_pipeline, check_recomputed_layers
 from pipetrain.rules.plan import check_plan
-from pipetrain.rules.words import plain
+from pipetrain.rules.words import plain, shown
 from pipetrain.suggest import one_of
 
 ACTIONS = ("train", "plan", "check")
@@ -88,10 +90,8 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
 def _check_ranges(cfg: Config, problems: list[str]) -> None:
     at_least: list[tuple[str, float | None, float]] = [
         ("batch_size", cfg.batch_size, 1),
-        ("micro_batches", cfg.micro_batches, 1),
         ("steps", cfg.steps, 1),
         ("epochs", cfg.epochs, 1),
-        ("partitions", cfg.partitions, 1),
         ("log_every", cfg.log_every, 1),
         ("trace_every", cfg.trace_every, 0),
         ("eval.every", cfg.eval.every, 0),
@@ -112,11 +112,17 @@ def _check_ranges(cfg: Config, problems: list[str]) -> None:
         at_least += [("data.seq_len", cfg.data.seq_len, 1), ("data.vocab_size", cfg.data.vocab_size, 1)]
     if isinstance(cfg.data, ImagesConfig):
         at_least += [("data.size", cfg.data.size, 1), ("data.workers", cfg.data.workers, 0)]
-    if cfg.threads != "auto":
-        if isinstance(cfg.threads, bool) or not isinstance(cfg.threads, int):
-            problems.append(f"threads={cfg.threads} must be a whole number or auto; try threads=1")
-        else:
-            at_least.append(("threads", cfg.threads, 1))
+    numbers: list[tuple[str, Any, tuple[str | None, ...]]] = [
+        ("micro_batches", cfg.micro_batches, (None, AUTO)),
+        ("partitions", cfg.partitions, (None, AUTO)),
+        ("threads", cfg.threads, (AUTO,)),
+    ]
+    for key, value, others in numbers:
+        if is_number(value):
+            at_least.append((key, value, 1))
+        elif value not in others:
+            words = " or ".join(plain(other) for other in others)
+            problems.append(f"{key}={shown(value)} must be a whole number or {words}; try {key}=4")
     for key, value, least in at_least:
         if value is not None and not value >= least:
             problems.append(f"{key}={value} must be at least {least:g}")
@@ -172,7 +178,10 @@ def check_resume(cfg: Config, saved: dict[str, Any]) -> None:
 
 
 def changes(cfg: Config, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The settings that differ from saved ones, as (key, saved, now). Where the data lie does not count."""
+    """The settings that differ from saved ones, as (key, saved, now).
+
+    Neither where the data lie nor what is left to the planner counts.
+    """
 
     def flat(settings: dict[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -183,7 +192,9 @@ def changes(cfg: Config, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     before, now = flat(saved), flat(dataclasses.asdict(cfg))
     ignored = {"data.path", "data.cache_dir", "data.workers", "resume", "name", "action", "check.steps"}
     keys = [key for key in {**before, **now} if key not in ignored]
-    return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+    return [
+        (key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key) and now.get(key) != AUTO
+    ]
 
 
 __all__ = ["changes", "check", "check_model", "check_recomputed_layers", "check_resume"]

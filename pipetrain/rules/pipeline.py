@@ -3,7 +3,16 @@
 import fnmatch
 from collections.abc import Sequence
 
-from pipetrain.config import BALANCES, AnythingConfig, Config, num_microbatches, num_stages, wanted_ranks
+from pipetrain.config import (
+    AUTO,
+    BALANCES,
+    AnythingConfig,
+    Config,
+    is_number,
+    num_microbatches,
+    num_stages,
+    wanted_ranks,
+)
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, ScheduleError
 from pipetrain.rules.words import shown
@@ -13,8 +22,8 @@ from pipetrain.suggest import one_of
 
 def check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems: list[str]) -> None:
     """Adds what is wrong with the settings by themselves."""
-    if not is_file(cfg.schedule) and cfg.schedule not in SCHEDULES:
-        known = one_of(cfg.schedule, tuple(SCHEDULES))
+    if not is_file(cfg.schedule) and cfg.schedule not in (*SCHEDULES, AUTO):
+        known = one_of(cfg.schedule, (*SCHEDULES, AUTO))
         problems.append(f"schedule={cfg.schedule}: no such choice. {known}, or the path of a file that ends in .csv")
         return
     try:
@@ -42,7 +51,7 @@ def check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems:
             f"balance={cfg.balance} must be {', '.join(BALANCES)} or a list of layers per stage, such as "
             "balance=[2,3,3]"
         )
-    if cfg.micro_batches is not None and cfg.micro_batches > cfg.batch_size >= 1:
+    if is_number(cfg.micro_batches) and cfg.micro_batches > cfg.batch_size >= 1:
         problems.append(
             f"micro_batches={cfg.micro_batches} is more than batch_size={cfg.batch_size}: a micro-batch needs at least "
             f"one sample; use micro_batches={cfg.batch_size} or a larger batch_size"
@@ -54,6 +63,13 @@ def _check_stages(cfg: Config, num_ranks: int, problems: list[str]) -> None:
     if is_file(cfg.schedule):
         if problem := _file_problem(cfg, num_ranks):
             problems.append(problem)
+            return
+    elif cfg.schedule == AUTO:
+        if is_number(cfg.partitions) and cfg.partitions % num_ranks:
+            problems.append(
+                f"partitions={cfg.partitions} cannot be spread evenly over {num_ranks} devices; use a multiple of "
+                f"{num_ranks}, or partitions=auto"
+            )
             return
     else:
         family = SCHEDULES[cfg.schedule]
@@ -67,6 +83,15 @@ def _check_stages(cfg: Config, num_ranks: int, problems: list[str]) -> None:
             )
             return
     number = num_stages(cfg, num_ranks)
+    if not is_number(cfg.partitions) and AUTO in (cfg.schedule, cfg.partitions):
+        for key, value in (("balance", cfg.balance), ("recompute", cfg.recompute)):
+            if isinstance(value, list) and value and len(value) % num_ranks:
+                problems.append(
+                    f"{key}={shown(value)} names {len(value)} stages, which cannot be spread evenly over {num_ranks} "
+                    f"devices; use a list of {num_ranks}, or of a multiple"
+                )
+        _check_recompute(cfg, None, problems)
+        return
     there_are = f"{number} devices" if number == num_ranks else f"{number} stages on {num_ranks} devices"
     if isinstance(cfg.balance, list) and cfg.balance and len(cfg.balance) != number:
         use = f"devices={len(cfg.balance)}, or " if number == num_ranks else ""
@@ -85,7 +110,7 @@ def _file_problem(cfg: Config, num_ranks: int) -> str | None:
             f"schedule={cfg.schedule} has {schedule.num_ranks} lines, one for each device, but there are {num_ranks} "
             f"devices; use devices={schedule.num_ranks}, or another schedule"
         )
-    if cfg.partitions not in (None, schedule.num_stages):
+    if cfg.partitions not in (None, AUTO, schedule.num_stages):
         return f"partitions={cfg.partitions}, but schedule={cfg.schedule} has {schedule.num_stages} stages"
     if num_microbatches(cfg) != schedule.num_microbatches:
         return (
@@ -104,13 +129,20 @@ def _file_problem(cfg: Config, num_ranks: int) -> str | None:
     return None
 
 
-def _check_recompute(cfg: Config, number: int, problems: list[str]) -> None:
-    policies = cfg.recompute if isinstance(cfg.recompute, list) else [cfg.recompute]
+def _check_recompute(cfg: Config, number: int | None, problems: list[str]) -> None:
+    """
+    Args:
+        number: of stages; None where the planner is to choose it.
+    """
+    if cfg.recompute == AUTO and cfg.recompute_layers is None:
+        return
+    is_list = isinstance(cfg.recompute, list)
+    policies, known = (cfg.recompute, POLICIES) if is_list else ([cfg.recompute], (*POLICIES, AUTO))
     for policy in policies:
-        if policy not in POLICIES:
-            problems.append(f"recompute={shown(cfg.recompute)}: no such choice. {one_of(str(policy), POLICIES)}")
+        if policy not in known:
+            problems.append(f"recompute={shown(cfg.recompute)}: no such choice. {one_of(str(policy), known)}")
             return
-    if isinstance(cfg.recompute, list) and len(policies) != number:
+    if isinstance(cfg.recompute, list) and number is not None and len(policies) != number:
         problems.append(
             f"recompute={shown(cfg.recompute)} must have a policy for each of the {number} stages, or be one for all"
         )

@@ -81,9 +81,13 @@ class Setting:
     recomputed: tuple[bool, ...]
     process_bytes: int = 0
 
+    def rows_of(self, num_microbatches: int) -> int:
+        """Samples in the largest of so many micro-batches."""
+        return -(-self.batch_size // num_microbatches)
+
     def model_of(self, num_microbatches: int) -> ModelCost:
-        """For the largest micro-batches that so many make."""
-        return self.model(-(-self.batch_size // num_microbatches))
+        """For the largest of so many micro-batches."""
+        return self.model(self.rows_of(num_microbatches))
 
 
 def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Forecast:
@@ -97,7 +101,7 @@ def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Fore
     for span in spans:
         busy_s[schedule.placement[span.action.stage]] += span.seconds
     used = memory(schedule, cut.bytes())
-    rank_bytes = _rank_bytes(setting, schedule, used)
+    needs = _rank_bytes(setting, schedule, used)
     step_s = max(span.end_s for span in spans)
     return Forecast(
         choice=choice,
@@ -108,27 +112,32 @@ def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Fore
             StageForecast(cost, step_s - busy_s[rank], used[s])
             for s, (cost, rank) in enumerate(zip(costs, schedule.placement, strict=True))
         ),
-        rank_bytes=tuple(rank_bytes),
-        fits=_is_enough(setting, rank_bytes),
+        rank_bytes=tuple(needs),
+        fits=_is_enough(setting, needs),
     )
 
 
 def fits(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> bool:
     """Whether every rank has what it needs in its fullest moment."""
+    return _is_enough(setting, rank_bytes(setting, choice, balance))
+
+
+def rank_bytes(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> list[int]:
+    """What each rank holds in its fullest moment."""
     schedule = schedule_of(setting, choice)
     used = memory(schedule, Cut(setting.model_of(choice.num_microbatches), balance, setting.recomputed).bytes())
-    return _is_enough(setting, _rank_bytes(setting, schedule, used))
+    return _rank_bytes(setting, schedule, used)
 
 
 def _rank_bytes(setting: Setting, schedule: Schedule, used: Sequence[Memory]) -> list[int]:
-    rank_bytes = [setting.process_bytes] * schedule.num_ranks
+    needs = [setting.process_bytes] * schedule.num_ranks
     for stage, rank in enumerate(schedule.placement):
-        rank_bytes[rank] += used[stage].total
-    return rank_bytes
+        needs[rank] += used[stage].total
+    return needs
 
 
-def _is_enough(setting: Setting, rank_bytes: Sequence[int]) -> bool:
-    return all(need <= device.memory_bytes for need, device in zip(rank_bytes, setting.devices, strict=True))
+def _is_enough(setting: Setting, needs: Sequence[int]) -> bool:
+    return all(need <= device.memory_bytes for need, device in zip(needs, setting.devices, strict=True))
 
 
 def schedule_of(setting: Setting, choice: Choice) -> Schedule:

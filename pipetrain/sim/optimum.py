@@ -64,10 +64,7 @@ def fastest(chain: Chain, seats: Sequence[Seat]) -> tuple[int, ...]:
     Raises:
         ConfigError: if there are fewer layers than stages, or no cut fits the devices' memory.
     """
-    if len(chain.seconds) < len(seats):
-        raise ConfigError(
-            f"{len(chain.seconds)} layers cannot be cut into {len(seats)} stages: each needs at least one layer"
-        )
+    _check_layers(chain, seats)
     stages = _Stages(chain, seats)
     low = stages.least_s()
     high = _near(stages, low)
@@ -104,7 +101,11 @@ def leanest(chain: Chain, seats: Sequence[Seat]) -> tuple[int, ...]:
     """The balance whose stages all need the least share of their devices' memory, however long they take.
 
     To a thousandth; of those the one whose slowest stage is fastest.
+
+    Raises:
+        ConfigError: if there are fewer layers than stages.
     """
+    _check_layers(chain, seats)
 
     def scaled(factor: float) -> list[Seat]:
         return [replace(seat, memory_bytes=max(seat.memory_bytes, 1.0) * factor) for seat in seats]
@@ -119,6 +120,13 @@ def leanest(chain: Chain, seats: Sequence[Seat]) -> tuple[int, ...]:
         middle = (low + high) / 2
         low, high = (middle, high) if try_with(middle) is None else (low, middle)
     return fastest(chain, scaled(high))
+
+
+def _check_layers(chain: Chain, seats: Sequence[Seat]) -> None:
+    if len(chain.seconds) < len(seats):
+        raise ConfigError(
+            f"{len(chain.seconds)} layers cannot be cut into {len(seats)} stages: each needs at least one layer"
+        )
 
 
 def fits_memory(chain: Chain, seats: Sequence[Seat], balance: Sequence[int]) -> bool:

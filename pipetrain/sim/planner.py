@@ -5,36 +5,24 @@ ones are then simulated, action by action, and walked through for their memory. 
 the simulator and the memory model say of its schedule, never the estimate.
 """
 
-import math
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate, pairwise, permutations
+from itertools import permutations
 
-from pipetrain.costs import LayerCost, ModelCost
-from pipetrain.errors import ConfigError
 from pipetrain.garbage import no_garbage_collection
-from pipetrain.schedule import EXCEPT_LAST, NEVER, Kind, Schedule, peak_in_flight
 from pipetrain.sim.balance import even
-from pipetrain.sim.cut import crossing_bytes
-from pipetrain.sim.forecast import AUTO, EVEN, LEAST_VARIANCE, Choice, Forecast, Setting, compute_of, fits, forecast
-from pipetrain.sim.optimum import Chain, Seat, fastest, fits_memory, leanest, least_variance
+from pipetrain.sim.draft import Draft, drafts
+from pipetrain.sim.forecast import AUTO, Choice, Forecast, Setting, forecast
+from pipetrain.sim.nowhere import does_not_fit
 
 # How many of the estimates are simulated, and how many actions all of these may have together at most.
 _MOST_SIMULATED, _MOST_ACTIONS = 24, 1_000_000
-# Stages have more or less than equal shares of their rank's memory: balances for some are walked through, the fastest
-# one first, where a schedule has no more actions than this.
-_SHARES, _MOST_WALKED = (2.0, 1.5, 1.25, 1.0, 0.85), 20_000
 _MOST_CLIMBED = 300_000  # actions of all neighbours of a balance together, where it is improved by simulating them
 
 
-class FitsNowhere(ConfigError):
-    """No plan fits the memory of the devices; the text names the one that needs the least of it."""
-
-
 def plans(setting: Setting, choices: Sequence[Choice]) -> list[Forecast]:
-    """The forecasts of the best choices, the best one first: shorter steps, then less memory, then the given order.
+    """The forecasts of the best choices, and of the best one with each schedule, number of micro-batches and so on.
+
+    The best one comes first: shorter steps, then less memory, then the given order; behind them what does not fit.
 
     Raises:
         ConfigError: if no choice can be cut into stages.
@@ -43,17 +31,28 @@ def plans(setting: Setting, choices: Sequence[Choice]) -> list[Forecast]:
     found: list[Forecast] = []
     actions = 0
     with no_garbage_collection():
-        for draft in _drafts(setting, choices)[:_MOST_SIMULATED]:
+        for draft in _promising(drafts(setting, choices)):
             actions += 4 * len(draft.balance) * draft.choice.num_microbatches
             if found and actions > _MOST_ACTIONS:
                 break
             found.append(forecast(setting, draft.choice, draft.balance))
         found = [_improved(setting, each) for each in found]
-    fitting = [each for each in found if each.fits]
-    if not fitting:
-        least = min(found, key=lambda each: max(each.rank_bytes))
-        raise FitsNowhere(_does_not_fit(setting, least))
-    return sorted(fitting, key=lambda each: (each.step_s, max(each.rank_bytes)))
+    if not any(each.fits for each in found):
+        raise does_not_fit(setting, choices, sum(found[0].balance))
+    return sorted(found, key=lambda each: (*_order(each), max(each.rank_bytes)))
+
+
+def _promising(ordered: Sequence[Draft]) -> list[Draft]:
+    """The best ones, in their order; among the first of them one for each value that something can have."""
+    of_values: dict[object, Draft] = {}
+    for draft in ordered:
+        choice = draft.choice
+        kinds = ("schedule", choice.schedule), ("each", choice.stages_per_rank), ("recompute", choice.recompute)
+        for value in (*kinds, ("microbatches", choice.num_microbatches)):
+            of_values.setdefault(value, draft)
+    first = [draft for draft in ordered if any(draft is other for other in of_values.values())]
+    others = [draft for draft in ordered if all(draft is not other for other in first)]
+    return [*first, *others[:_MOST_SIMULATED]]
 
 
 def _improved(setting: Setting, given: Forecast) -> Forecast:
@@ -81,164 +80,3 @@ def _neighbours(balance: tuple[int, ...]) -> list[tuple[int, ...]]:
     """With one layer less on one stage and one more on another."""
     moves = [(a, b) for a, b in permutations(range(len(balance)), 2) if balance[a] > 1]
     return [tuple(n - (s == a) + (s == b) for s, n in enumerate(balance)) for a, b in moves]
-
-
-# ---- a draft of every choice -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A choice with its balance, not simulated yet."""
-
-    choice: Choice
-    balance: tuple[int, ...]
-    fits: bool
-    estimate_s: float
-
-
-def _drafts(setting: Setting, choices: Sequence[Choice]) -> list[_Draft]:
-    """In the order in which they look good.
-
-    Raises:
-        ConfigError: if no choice can be cut into stages.
-    """
-    found: list[_Draft] = []
-    problems: list[ConfigError] = []
-    unlimited: dict[object, tuple[int, ...]] = {}  # balances for devices of any memory, which many choices share
-    for choice in choices:
-        try:
-            found.append(_draft(setting, choice, unlimited))
-        except ConfigError as error:
-            problems.append(error)
-    if not found:
-        raise problems[0]
-    return sorted(found, key=lambda draft: (not draft.fits, draft.estimate_s))
-
-
-def _draft(setting: Setting, choice: Choice, unlimited: dict[object, tuple[int, ...]]) -> _Draft:
-    """Raises:
-    ConfigError: if there are fewer layers than stages.
-    """
-    model = setting.model_of(choice.num_microbatches)
-    balance, fits = _balance(setting, model, choice, unlimited)
-    return _Draft(choice, balance, fits, _estimate_s(setting, model, choice, balance))
-
-
-def _balance(
-    setting: Setting, model: ModelCost, choice: Choice, unlimited: dict[object, tuple[int, ...]]
-) -> tuple[tuple[int, ...], bool]:
-    """The balance of a choice, and whether it fits the memory of the devices."""
-    if not isinstance(choice.balance, str):
-        return choice.balance, True
-    chain, seats = _chain(setting, model, choice), _seats(setting, model, choice)
-    if choice.balance == EVEN and len(model.layers) >= len(seats):
-        return even(len(model.layers), len(seats)), True
-    best = least_variance if choice.balance == LEAST_VARIANCE else fastest
-    wanted = (choice.num_microbatches, tuple(chain.seconds), choice.balance, tuple(seat.slowness for seat in seats))
-    if wanted not in unlimited:
-        unlimited[wanted] = best(chain, [replace(seat, memory_bytes=math.inf) for seat in seats])
-    if 4 * len(seats) * choice.num_microbatches > _MOST_WALKED:  # what the chain says of memory must be enough
-        shares: Sequence[float] = (1.0,)
-        is_enough = partial(fits_memory, chain, seats)
-    else:
-        shares, is_enough = _SHARES, partial(fits, setting, choice)
-    if is_enough(unlimited[wanted]):
-        return unlimited[wanted], True
-    for share in shares:
-        with suppress(ConfigError):
-            found = best(chain, [replace(seat, memory_bytes=share * seat.memory_bytes) for seat in seats])
-            if is_enough(found):
-                return found, True
-    found = leanest(chain, seats)
-    return found, is_enough(found)
-
-
-def _chain(setting: Setting, model: ModelCost, choice: Choice) -> Chain:
-    """The layers as balancing sees them. Every stage has room for one recomputed graph of all its layers."""
-    split = compute_of(setting, choice).is_split
-    redone = [again and choice.recompute != NEVER for again in setting.recomputed]
-    of_outputs = [0] * len(model.layers)
-    for value in model.values:
-        if value.layer >= 0 and value.keepers:
-            of_outputs[value.layer] += value.num_bytes
-    graphs = [layer.graph_bytes + outputs for layer, outputs in zip(model.layers, of_outputs, strict=True)]
-    crossing = crossing_bytes(model)
-    return Chain(
-        seconds=[_seconds(layer, again, split) for layer, again in zip(model.layers, redone, strict=True)],
-        border_s=[2 * n / setting.link.bytes_per_s for n in crossing[:-1]],
-        kept_bytes=[
-            2 * layer.parameter_bytes + layer.optimizer_bytes + graph * again
-            for layer, graph, again in zip(model.layers, graphs, redone, strict=True)
-        ],
-        saved_bytes=[graph * (not again) for graph, again in zip(graphs, redone, strict=True)],
-        input_bytes=[2 * n for n in crossing[:-1]],
-    )
-
-
-def _seconds(layer: LayerCost, is_recomputed: bool, split: bool) -> float:
-    backward_s = layer.input_s + layer.weight_s if split else layer.backward_s
-    return layer.forward_s * (1 + is_recomputed) + backward_s
-
-
-def _seats(setting: Setting, model: ModelCost, choice: Choice) -> list[Seat]:
-    """For each stage its rank's device, of whose memory the stages on it have equal shares."""
-    each, schedule = choice.stages_per_rank, compute_of(setting, choice)
-    working = max(max(layer.forward_bytes, layer.backward_bytes) for layer in model.layers)
-    return [
-        Seat(
-            slowness=setting.devices[rank].slowness,
-            memory_bytes=(setting.devices[rank].memory_bytes - setting.process_bytes - working) / each,
-            in_flight=in_flight,
-        )
-        for rank, in_flight in zip(schedule.placement, peak_in_flight(schedule), strict=True)
-    ]
-
-
-def _estimate_s(setting: Setting, model: ModelCost, choice: Choice, balance: Sequence[int]) -> float:
-    """The slowest rank at work all the time, and the way of the first micro-batch to it and of the last one from it.
-
-    That way is a (K - 1) / K of a micro-batch's through the whole model, a V-th of it where a rank has V stages, and a
-    third of that where backwards are split (where forwards and halves take as long).
-    """
-    num_ranks, each = len(setting.devices), choice.stages_per_rank
-    schedule = compute_of(setting, choice)
-    chain = _chain(setting, model, choice)
-    slowness = [setting.devices[rank].slowness for rank in schedule.placement]
-    ends = list(accumulate(balance))
-    busy_s = [0.0] * num_ranks
-    for rank, slow, end, number in zip(schedule.placement, slowness, ends, balance, strict=True):
-        busy_s[rank] += slow * sum(chain.seconds[end - number : end])
-    if choice.recompute == EXCEPT_LAST and _all_turn_round(schedule):
-        redone = zip(model.layers[-balance[-1] :], setting.recomputed[-balance[-1] :], strict=True)
-        busy_s[schedule.placement[-1]] -= slowness[-1] * sum(layer.forward_s for layer, again in redone if again)
-    through_s = sum(layer.forward_s + layer.backward_s for layer in model.layers) * max(slowness)
-    way_s = (through_s + 2 * len(balance) * setting.link.latency_s) * (num_ranks - 1) / num_ranks / each
-    return choice.num_microbatches * max(busy_s) + way_s / (3 if schedule.is_split else 1)
-
-
-def _all_turn_round(schedule: Schedule) -> bool:
-    """Whether every micro-batch goes back as soon as it has reached the end, so that `except_last` spares it there."""
-    last = schedule.num_stages - 1
-    row = schedule.actions[schedule.placement[last]]
-    turning = [b for a, b in pairwise(row) if a.kind is Kind.FORWARD and a.stage == last and b[1:] == a[1:]]
-    return len(turning) == schedule.num_microbatches
-
-
-# ---- where nothing fits ------------------------------------------------------------------------------------------
-
-
-def _does_not_fit(setting: Setting, least: Forecast) -> str:
-    rank = max(range(len(least.rank_bytes)), key=lambda r: least.rank_bytes[r] - setting.devices[r].memory_bytes)
-    return (
-        f"no plan fits: the leanest one, schedule={least.choice.schedule} recompute={least.choice.recompute} "
-        f"micro_batches={least.choice.num_microbatches}, needs {gib(least.rank_bytes[rank])} on device {rank}, which "
-        f"has {gib(setting.devices[rank].memory_bytes)}"
-    )
-
-
-def gib(num_bytes: float) -> str:
-    """
-    >>> gib(3 * 2**29)
-    '1.50 GiB'
-    """
-    return f"{num_bytes / 2**30:.2f} GiB"

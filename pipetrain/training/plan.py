@@ -11,6 +11,7 @@ from pipetrain.schedule import Schedule, bubble_fraction, grid
 from pipetrain.sim.simulate import simulate
 
 _WIDEST_GRID = 110
+_MOST_SHOWN = 4  # of the plans behind the best one
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,87 @@ class StagePrediction:
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """A plan that the planner looked at.
+
+    Attributes:
+        settings: what to type for it.
+        device_bytes: in the fullest moment of its fullest device.
+        fits: whether all devices have as much.
+    """
+
+    settings: dict[str, Any]
+    step_s: float
+    bubble_fraction: float
+    device_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """What the planner says of a step, from measured layers."""
+    """What the planner says of a step, from what each layer costs.
+
+    Attributes:
+        chosen: the settings that were left to the planner.
+        weighed: this plan and others, the best first.
+    """
 
     step_s: float
     bubble_fraction: float
     stages: list[StagePrediction]
+    chosen: list[str]
+    weighed: list[Weighed]
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> "Prediction":
         """The inverse of `dataclasses.asdict`."""
-        return Prediction(raw["step_s"], raw["bubble_fraction"], [StagePrediction(**each) for each in raw["stages"]])
+        stages = [StagePrediction(**each) for each in raw["stages"]]
+        return Prediction(**raw | {"stages": stages, "weighed": [Weighed(**each) for each in raw["weighed"]]})
+
+    def reasons(self) -> list[str]:
+        """Lines for the console: what other choices would cost, each with all else as good as it can be then."""
+        best = self.weighed[0]
+        rows = []
+        for key in self.chosen:
+            others: dict[str, str] = {}
+            for plan in self.weighed[1:]:
+                value = str(plan.settings[key])
+                if key != "balance" and plan.settings[key] != best.settings[key] and value not in others:
+                    others[value] = f"{value} {_compared(plan, best)}"
+            if others:
+                rows.append((f"  {key}", ", ".join(others.values())))
+        if not rows:
+            return []
+        width = max(len(key) for key, _ in rows)
+        return [
+            "what other choices would cost, with all else as good as it can be then:",
+            *(f"{key.ljust(width)}  {text}" for key, text in rows),
+        ]
+
+    def next_best(self) -> list[str]:
+        """Lines for the console: the plans behind this one."""
+        best, *others = (plan for plan in self.weighed if plan.fits)
+        if not others:
+            return []
+        keys = [key for key in best.settings if any(plan.settings[key] != best.settings[key] for plan in others)]
+        rows = [
+            (
+                f"  {_compared(plan, best)}",
+                f"bubble {plan.bubble_fraction:.1%}",
+                _mib(plan.device_bytes),
+                " ".join(f"{key}={_shown(plan.settings[key])}" for key in keys),
+            )
+            for plan in others[:_MOST_SHOWN]
+        ]
+        return ["the next best:", *_aligned(rows)]
+
+
+def _compared(plan: Weighed, best: Weighed) -> str:
+    return f"{plan.step_s / best.step_s:.2f}x" if plan.fits else f"needs {_mib(plan.device_bytes)}"
+
+
+def _shown(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 @dataclass(frozen=True)
@@ -88,8 +159,7 @@ class Plan:
             home = [str(stage.rank)] if several else []
             known = (str(stage.stage), *home, stage.device, str(len(stage.layers)), span, f"{stage.parameters:,}")
             rows.append((*known, *self._predicted(stage.stage)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = _aligned(rows)
         total = sum(stage.parameters for stage in self.stages)
         lines.append(
             f"{total:,} parameters, schedule {self.schedule}, {self.num_microbatches} micro-batches, "
@@ -98,6 +168,7 @@ class Plan:
         if self.prediction is not None:
             step_s, idle = self.prediction.step_s, self.prediction.bubble_fraction
             lines.append(f"predicted: {short(step_s)} a step, of which a device waits {idle:.1%} (the bubble)")
+            lines += [*self.prediction.reasons(), *self.prediction.next_best()]
         elif len(self.stages) > 1:
             lines.append(f"with equal stages each would wait {self.bubble_fraction:.1%} of the time (the bubble)")
         return lines
@@ -107,6 +178,11 @@ class Plan:
             return ()
         its = self.prediction.stages[stage]
         return short(its.forward_s), short(its.backward_s), short(its.idle_s), _mib(sum(its.memory.values()))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _mib(num_bytes: int) -> str:

@@ -56,7 +56,8 @@ def test_the_large_head_is_left_alone(tmp_path: Path) -> None:
     assert job.cfg.balance == [3, 1]
     assert said == [
         "measuring the layers, once for these sizes on this machine (balance=even does without)",
-        "balance=[3,1] (type that for the same cut again); balance=even, which is [2,2], would take 1.24 times as long",
+        "balance=[3,1] (type that for the same plan again); "
+        "balance=even, which is [2,2], would take 1.24 times as long",
     ]
     assert job.prediction is not None
     assert [stage.forward_s for stage in job.prediction.stages] == [pytest.approx(2.1), 3.0]
@@ -88,7 +89,9 @@ def test_nothing_is_measured_where_nothing_is_open(tmp_path: Path, balance: obje
 
 
 def test_what_fits_nowhere_says_what_would(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no plan fits: the leanest one, .* needs 0.00 GiB on device"):
+    with pytest.raises(
+        ConfigError, match=r"no plan fits: the leanest one, .* needs 1.63 KiB on device 1, which has 0.1"
+    ):
         settle(job_of(tmp_path, plan={"memory_gib": 1e-7}), Measuring(), lambda text: None)
     assert not (tmp_path / "run").exists()
 

@@ -3,14 +3,16 @@
 import itertools
 import math
 import random
+import re
 
 import pytest
 
 from pipetrain.costs import Device, LayerCost, Link, ModelCost, ValueCost
 from pipetrain.errors import ConfigError
-from pipetrain.sim import planner
+from pipetrain.sim.draft import drafts
 from pipetrain.sim.forecast import Choice, Forecast, Setting, forecast
-from pipetrain.sim.planner import FitsNowhere, plans
+from pipetrain.sim.nowhere import FitsNowhere
+from pipetrain.sim.planner import plans
 
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("zb_h1", 1), ("interleaved", 2), ("zb_v", 2))
 CHOICES = [
@@ -98,7 +100,7 @@ def test_several_stages_on_a_rank_are_never_cut_worse_than_evenly(schedule: str,
 def test_estimates_are_near_what_is_simulated(ranks: int) -> None:
     """They say which plans are worth a simulation."""
     given = setting([1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 2.0], ranks)
-    for draft in planner._drafts(given, CHOICES):
+    for draft in drafts(given, CHOICES):
         simulated_s = forecast(given, draft.choice, draft.balance).step_s
         assert draft.estimate_s == pytest.approx(simulated_s, rel=0.3), draft
 
@@ -108,6 +110,8 @@ def test_plans_are_ranked_and_always_the_same() -> None:
     first, second = plans(given, CHOICES), plans(given, CHOICES)
     assert [(each.choice, each.balance) for each in first] == [(each.choice, each.balance) for each in second]
     assert [each.step_s for each in first] == sorted(each.step_s for each in first)
+    for of in (lambda choice: choice.schedule, lambda choice: choice.num_microbatches, lambda choice: choice.recompute):
+        assert {of(each.choice) for each in first} == {of(choice) for choice in CHOICES}  # one with each value
 
 
 def test_less_memory_asks_for_recompute_and_then_for_more() -> None:
@@ -117,8 +121,6 @@ def test_less_memory_asks_for_recompute_and_then_for_more() -> None:
     tight = plans(setting(seconds, 2, memory_bytes=20_000), CHOICES)[0]
     assert tight.choice.recompute != "never" or tight.choice.schedule != "gpipe"
     assert tight.step_s > unlimited.step_s
-    with pytest.raises(FitsNowhere, match=r"no plan fits: the leanest one, .* needs 0.00 GiB on device \d, which has"):
-        plans(setting(seconds, 2, memory_bytes=3_000), CHOICES)
 
 
 def test_a_slow_device_gets_fewer_layers() -> None:
@@ -143,3 +145,24 @@ def test_forecasts_add_up() -> None:
         busy_s = 8 * (cost.forward_s + cost.recompute_s + cost.backward_s) + cost.update_s
         assert busy_s + stage.idle_s == pytest.approx(found.step_s)
     assert found.bubble_fraction == pytest.approx(sum(s.idle_s for s in found.stages) / 2 / found.step_s)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_where_nothing_fits_it_says_what_would(num_ranks: int) -> None:
+    """What it says is enough, and a little less is not."""
+    seconds, memory_bytes = [1.0] * 6, 8_000
+    with pytest.raises(FitsNowhere, match="no plan fits: the leanest one, schedule=") as caught:
+        plans(setting(seconds, num_ranks, memory_bytes), CHOICES)
+    named = re.search(r"Devices with (\S+) KiB each would be enough; or (\d) such devices", str(caught.value))
+    assert named is not None
+    enough_bytes, enough = 1024 * float(named[1]) + 6, int(named[2])
+    assert plans(setting(seconds, num_ranks, enough_bytes), CHOICES)[0].fits
+    assert plans(setting(seconds, enough, memory_bytes), CHOICES)[0].fits
+    for too_little in (setting(seconds, num_ranks, 0.97 * enough_bytes), setting(seconds, enough - 1, memory_bytes)):
+        with pytest.raises(FitsNowhere):
+            plans(too_little, CHOICES)
+
+
+def test_a_layer_that_is_too_large_by_itself_is_not_helped_by_devices() -> None:
+    with pytest.raises(FitsNowhere, match="; more such devices would not"):
+        plans(setting([1.0] * 6, 2, 1_500), CHOICES)

@@ -52,6 +52,7 @@ def settings(**changes: Any) -> Config:
         "data": TextConfig(seq_len=8),
         "optimizer": AdamConfig(name="adamw", lr=1e-2),
         "lr_rule": LrRuleConfig(warmup_steps=3),
+        "balance": "even",  # nothing is measured first
         "batch_size": 4,
         "steps": 6,
         "log_every": 2,

@@ -1,0 +1,72 @@
+"""What settings leave to the planner, and what it may choose from."""
+
+import itertools
+from collections.abc import Iterator
+
+from pipetrain.config import AUTO, Config, is_number, least_samples, num_microbatches, num_stages
+from pipetrain.errors import ConfigError
+from pipetrain.schedule import ALWAYS, EXCEPT_LAST, NEVER, SCHEDULES, is_file
+from pipetrain.sim.forecast import LEAST_VARIANCE, Choice
+
+# In the order in which equally good ones are taken. Without those that add up gradients in reverse: their numbers are
+# others, and what is left to the planner may change nothing but time.
+_SCHEDULES = ("1f1b", "gpipe", "interleaved", "zb_h1", "zb_v")
+_RECOMPUTE = (NEVER, EXCEPT_LAST, ALWAYS)
+_STAGES_PER_RANK = (1, 2, 4, 8)
+# Micro-batches for each rank: with fewer the bubble is most of a step, with more it is a few percent.
+_FEWEST, _MOST = 0.5, 16
+
+
+def left_open(cfg: Config, num_ranks: int) -> tuple[str, ...]:
+    """The settings that the planner is to choose, by their keys."""
+    found = [key for key in ("schedule", "micro_batches", "recompute", "partitions") if getattr(cfg, key) == AUTO]
+    if is_file(cfg.schedule):
+        found = [key for key in found if key == "recompute"]  # the file decides about the others
+    if cfg.balance in (AUTO, LEAST_VARIANCE) and (found or num_stages(cfg, num_ranks) > 1):
+        found.append("balance")
+    return tuple(found)
+
+
+def choices(cfg: Config, num_ranks: int, num_layers: int) -> list[Choice]:
+    """All that the settings leave to the planner.
+
+    Raises:
+        ConfigError: if nothing is left to choose from.
+    """
+    schedules = _SCHEDULES if cfg.schedule == AUTO else (cfg.schedule,)
+    wanted = [cfg.recompute] if cfg.recompute != AUTO else list(_RECOMPUTE)
+    balance = tuple(cfg.balance) if isinstance(cfg.balance, list) else cfg.balance
+    lengths = {len(value) for value in (cfg.balance, cfg.recompute) if isinstance(value, list)}
+    found = [
+        Choice(schedule, each, m, tuple(recompute) if isinstance(recompute, list) else recompute, balance)
+        for schedule in schedules
+        for each in _stages_per_rank(cfg, schedule, num_ranks)
+        for m, recompute in itertools.product(_microbatches(cfg, num_ranks), wanted)
+        # Under gpipe the last stage has all its micro-batches in flight like the others: the exception changes nothing.
+        if not (cfg.recompute == AUTO and schedule == "gpipe" and recompute == EXCEPT_LAST)
+        if each * num_ranks <= num_layers and lengths <= {each * num_ranks}
+    ]
+    if not found:
+        raise ConfigError(
+            f"{num_layers} layers on {num_ranks} devices with partitions={cfg.partitions} schedule={cfg.schedule}"
+            f"{''.join(f' and a list of {n} stages' for n in sorted(lengths))}: there is no such plan; use fewer "
+            "devices, or leave more open, such as partitions=auto schedule=auto"
+        )
+    return found
+
+
+def _stages_per_rank(cfg: Config, schedule: str, num_ranks: int) -> Iterator[int]:
+    if is_file(schedule) or is_number(cfg.partitions):
+        tried = [num_stages(cfg, num_ranks) // num_ranks]
+    else:
+        tried = list(_STAGES_PER_RANK) if cfg.partitions == AUTO else [SCHEDULES[schedule].usual]
+    yield from (n for n in tried if is_file(schedule) or SCHEDULES[schedule].fits(n * num_ranks, num_ranks))
+
+
+def _microbatches(cfg: Config, num_ranks: int) -> list[int]:
+    """Powers of two: twice as many are seldom worth less than a twentieth of a step or more than a half of it."""
+    if cfg.micro_batches != AUTO or is_file(cfg.schedule):
+        return [num_microbatches(cfg)]
+    most = max(1, min(_MOST * num_ranks, cfg.batch_size // least_samples(cfg)))
+    powers = [2**n for n in range(most.bit_length())]
+    return [n for n in powers if n >= _FEWEST * num_ranks] or [powers[-1]]
