@@ -199,6 +199,9 @@ class PlanConfig:
         "action=plan for a device that is described and not here, see conf/device", None
     )
     devices: list[int] | None = setting("action=plan for so many of them, one plan for each number", None)
+    profile: str | None = setting(
+        "a profile.json of an earlier run with this model on such devices; nothing is measured then", None
+    )
     memory_gib: float | None = setting("memory of each device to plan with; null = what it has", None)
     timeout_s: float = setting("seconds that measuring the layers may take", 120.0)
     cache_dir: str = setting("where measurements are kept", "~/.cache/pipetrain/profiles")

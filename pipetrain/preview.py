@@ -37,7 +37,7 @@ def preview(cfg: Config, root: Path) -> int:
     run.root.mkdir(parents=True, exist_ok=True)
     run.plan.write_text(plan.to_json())
     run.schedule_picture.write_text(svg({schedule.name: timeline(schedule)}, schedule.placement))
-    for line in (*plan.table(), *drawn(schedule)):
+    for line in (*plan.table(), *plan.memory_table(), *drawn(schedule)):
         _say(line)
     _say(f"the plan: {run.plan}\nthe schedule as a picture: {run.schedule_picture}")
     return Exit.DONE
@@ -55,7 +55,7 @@ def _preview_counts(cfg: Config, run: RunPaths, counts: list[int]) -> int:
             _say(f"no plan: {error}")
             continue
         plans[count] = plan
-        for line in plan.table():
+        for line in (*plan.table(), *plan.memory_table()):
             _say(line)
     if problem is not None and not plans:
         raise problem

@@ -47,7 +47,7 @@ def described_profile(job: Job, recipe: Recipe, rows: Sequence[int]) -> Profile:
             ) from error
     gb_per_s = device.link_gb_per_s * 1e9 * device.efficiency
     return Profile(
-        about={"device": device.name},
+        about={},
         memory_bytes={device.name: device.memory_gib * 2**30},
         slowness={device.name: 1.0},
         link=Link(device.link_us * 1e-6, gb_per_s),

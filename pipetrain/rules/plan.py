@@ -16,6 +16,10 @@ def check_plan(cfg: Config, problems: list[str]) -> None:
         problems.append(f"plan.devices={plan.devices} must be numbers of devices, such as plan.devices=[8,128]")
     if plan.device is None:
         return
+    if plan.profile is not None:
+        problems.append(
+            f"plan.profile={plan.profile} was measured, and plan.device={plan.device.name} is described: leave one out"
+        )
     for key, value in vars(plan.device).items():
         if key != "name" and not 0 < value < math.inf:
             problems.append(f"plan.device.{key}={value} of {plan.device.name} must be greater than 0 and finite")

@@ -41,8 +41,23 @@ def does_not_fit(setting: Setting, choices: Sequence[Choice], num_layers: int) -
         f"no plan fits: the leanest one, schedule={choice.schedule} recompute={choice.recompute} "
         f"micro_batches={choice.num_microbatches}, needs {size(needs[rank])} on device {rank}, which has {size(has)}. "
         f"Devices with {size(max(needs))} each would be enough"
-        + (f"; or {count} such devices" if count is not None else "; more such devices would not")
+        + (f"; or {count} such devices" if count is not None else _one_layer(setting, choices, num_layers))
     )
+
+
+def _one_layer(setting: Setting, choices: Sequence[Choice], num_layers: int) -> str:
+    """That a layer is too large by itself, where one is."""
+    alone = [
+        replace(choice, balance=(1,) * num_layers)
+        for choice in choices
+        if isinstance(choice.recompute, str) and choice.stages_per_rank == 1
+    ]
+    least = _least(replace(setting, devices=setting.devices[:1] * num_layers), alone)
+    if least is None or least.short_bytes <= 0:
+        return ""
+    largest = max(range(num_layers), key=least.rank_bytes.__getitem__)
+    name = setting.model_of(least.choice.num_microbatches).layers[largest].name
+    return f"; more devices would not: layer {name} alone needs {size(least.rank_bytes[largest])}"
 
 
 def _least(setting: Setting, choices: Sequence[Choice]) -> _Need | None:

@@ -11,6 +11,7 @@ from pipetrain.schedule import Schedule, bubble_fraction, grid
 from pipetrain.sim.simulate import simulate
 
 _WIDEST_GRID = 110
+_MOST_ROWS = 32  # stages in a table
 _MOST_SHOWN = 4  # of the plans behind the best one
 
 
@@ -63,6 +64,7 @@ class Prediction:
     """What the planner says of a step, from what each layer costs.
 
     Attributes:
+        tokens_per_s: of text, else None.
         chosen: the settings that were left to the planner.
         weighed: this plan and others, the best first.
     """
@@ -70,6 +72,9 @@ class Prediction:
     step_s: float
     bubble_fraction: float
     stages: list[StagePrediction]
+    samples_per_s: float
+    tokens_per_s: float | None
+    warnings: list[str]
     chosen: list[str]
     weighed: list[Weighed]
 
@@ -159,25 +164,51 @@ class Plan:
             home = [str(stage.rank)] if several else []
             known = (str(stage.stage), *home, stage.device, str(len(stage.layers)), span, f"{stage.parameters:,}")
             rows.append((*known, *self._predicted(stage.stage)))
-        lines = _aligned(rows)
+        lines = _aligned(_without_middle(rows))
         total = sum(stage.parameters for stage in self.stages)
         lines.append(
             f"{total:,} parameters, schedule {self.schedule}, {self.num_microbatches} micro-batches, "
             f"recompute {self.recompute if isinstance(self.recompute, str) else ', '.join(self.recompute)}"
         )
         if self.prediction is not None:
-            step_s, idle = self.prediction.step_s, self.prediction.bubble_fraction
-            lines.append(f"predicted: {short(step_s)} a step, of which a device waits {idle:.1%} (the bubble)")
-            lines += [*self.prediction.reasons(), *self.prediction.next_best()]
+            said = self.prediction
+            speed = (
+                f"{said.samples_per_s:,.3g} samples"
+                if said.tokens_per_s is None
+                else f"{said.tokens_per_s:,.0f} tokens"
+            )
+            idle = f"a device waits {said.bubble_fraction:.1%} of the time (the bubble)"
+            lines.append(f"predicted: {short(said.step_s)} a step, {speed} a second; {idle}")
+            lines += [f"warning: {text}" for text in said.warnings]
+            lines += [*said.reasons(), *said.next_best()]
         elif len(self.stages) > 1:
             lines.append(f"with equal stages each would wait {self.bubble_fraction:.1%} of the time (the bubble)")
         return lines
+
+    def memory_table(self) -> list[str]:
+        """Lines for the console: a row a stage, with the bytes of each kind that there are any of."""
+        if self.prediction is None:
+            return []
+        of_stages = [stage.memory for stage in self.prediction.stages]
+        kinds = [kind for kind in of_stages[0] if any(memory[kind] for memory in of_stages)]
+        rows = [("stage", *(kind.replace("_", " ") for kind in kinds), "memory")]
+        for stage, memory in enumerate(of_stages):
+            rows.append((str(stage), *(_mib(memory[kind]) for kind in kinds), _mib(sum(memory.values()))))
+        return _aligned(_without_middle(rows))
 
     def _predicted(self, stage: int) -> tuple[str, ...]:
         if self.prediction is None:
             return ()
         its = self.prediction.stages[stage]
         return short(its.forward_s), short(its.backward_s), short(its.idle_s), _mib(sum(its.memory.values()))
+
+
+def _without_middle(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The title and as many rows as a screen has."""
+    if len(rows) <= 1 + _MOST_ROWS:
+        return rows
+    half = _MOST_ROWS // 2
+    return [*rows[: 1 + half], ("...", *[""] * (len(rows[0]) - 1)), *rows[-half:]]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

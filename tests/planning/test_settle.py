@@ -3,17 +3,19 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from runs import CPU, metrics, saved, settings, tokens_of
 
-from pipetrain.config import Config, PlanConfig
+from pipetrain.config import Config, PlanConfig, TransformerConfig
 from pipetrain.costs import LayerCost, Link, ModelCost, ValueCost
 from pipetrain.engine.local import run_ranks
 from pipetrain.errors import ConfigError, Exit
 from pipetrain.paths import RunPaths
-from pipetrain.planning.settle import MeasuringFailed, settle
+from pipetrain.planning.profiles import MeasuringFailed
+from pipetrain.planning.settle import settle
 from pipetrain.profile.store import Profile
 from pipetrain.training.job import Job
 from pipetrain.training.loop import Signals, train
@@ -45,7 +47,7 @@ class Measuring:
 
 
 def job_of(tmp_path: Path, ranks: int = 2, **changes: object) -> Job:
-    plan = PlanConfig(cache_dir=str(tmp_path / "profiles"), **changes.pop("plan", {}))  # type: ignore[arg-type]
+    plan = PlanConfig(**({"cache_dir": str(tmp_path / "profiles")} | changes.pop("plan", {})))  # type: ignore
     cfg: Config = settings(plan=plan, **({"balance": "auto"} | changes))
     return Job(cfg, RunPaths(tmp_path / "run"), tokens_of(tmp_path), ("cpu",) * ranks, None)
 
@@ -117,3 +119,61 @@ def test_the_numbers_are_those_of_any_other_cut(tmp_path: Path) -> None:
     assert metrics(tmp_path, "run")[-1]["loss/val"] == metrics(tmp_path, "other")[-1]["loss/val"]
     ours, theirs = saved(tmp_path, "run", 6), saved(tmp_path, "other", 6)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_given_profile_is_taken_instead_of_measuring(tmp_path: Path) -> None:
+    measuring = Measuring()
+    first = settle(job_of(tmp_path), measuring, lambda text: None)
+    kept = tmp_path / "kept.json"
+    kept.write_text(first.run.profile.read_text())
+    plan = {"profile": str(kept), "cache_dir": str(tmp_path / "empty")}
+    assert settle(job_of(tmp_path, plan=plan), measuring, lambda text: None).prediction == first.prediction
+    assert measuring.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model": TransformerConfig(layers=2, d_model=32, d_ff=32, heads=2)}, "is of another model: its layers are"),
+        ({"precision": "fp64"}, "is of another precision or optimizer: its training are fp32 "),
+        ({"threads": 2}, "is of other threads: its threads are 1, here they are 2; leave it out to measure"),
+        ({"micro_batches": 1}, "has micro-batches of 1 samples, but here they may have 4; use other micro_batches"),
+    ],
+)
+def test_a_profile_of_something_else_is_refused(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    settle(job_of(tmp_path), Measuring(), lambda text: None)
+    plan = {"profile": str(tmp_path / "run" / "profile.json")}
+    with pytest.raises(ConfigError) as caught:
+        settle(job_of(tmp_path, plan=plan, **changes), Measuring(), lambda text: None)
+    assert text in str(caught.value)
+
+
+def test_a_profile_of_another_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(job_of(tmp_path), Measuring(), lambda text: None)
+    monkeypatch.setattr("pipetrain.planning.profiles.cpu_name", lambda: "a VAX")
+    with pytest.raises(ConfigError, match=r"is of another device: its devices are .*, here they are a VAX"):
+        settle(job_of(tmp_path, plan={"profile": str(tmp_path / "run" / "profile.json")}), Measuring(), print)
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", "{}"])
+def test_what_is_no_profile_is_refused(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "some.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(
+        ConfigError, match=r"some.json cannot be read as a profile \(.*\); give the profile.json of a run"
+    ):
+        settle(job_of(tmp_path, plan={"profile": str(path)}), Measuring(), lambda text: None)
+
+
+def test_a_plan_predicts_also_where_nothing_is_open(tmp_path: Path) -> None:
+    job = settle(job_of(tmp_path, balance=[2, 2], action="plan"), Measuring(), lambda text: None)
+    assert job.cfg.balance == [2, 2]
+    assert job.prediction is not None
+    assert job.prediction.chosen == []
+    assert job.prediction.samples_per_s == pytest.approx(4 / job.prediction.step_s)
+    assert job.prediction.tokens_per_s == pytest.approx(32 / job.prediction.step_s)
+    assert job.prediction.warnings == [
+        "stage 1 works 3.64 times as long as the others on average; its longest layer is head; balance=auto makes the "
+        "slowest stage as fast as can be"
+    ]

@@ -164,5 +164,5 @@ def test_where_nothing_fits_it_says_what_would(num_ranks: int) -> None:
 
 
 def test_a_layer_that_is_too_large_by_itself_is_not_helped_by_devices() -> None:
-    with pytest.raises(FitsNowhere, match="; more such devices would not"):
+    with pytest.raises(FitsNowhere, match=r"more devices would not: layer layer\d alone needs \S+ KiB$"):
         plans(setting([1.0] * 6, 2, 1_500), CHOICES)

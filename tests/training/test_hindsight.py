@@ -6,7 +6,9 @@ from pipetrain.training.hindsight import Hindsight
 from pipetrain.training.plan import Prediction, StagePrediction
 
 SCHEDULE = build("1f1b", 2, 4, recompute="never")
-PREDICTION = Prediction(1.5, 0.2, [StagePrediction(0.1, 0.2, 0.3, {}), StagePrediction(0.1, 0.2, 0.3, {})], [], [])
+PREDICTION = Prediction(
+    1.5, 0.2, [StagePrediction(0.1, 0.2, 0.3, {}), StagePrediction(0.1, 0.2, 0.3, {})], 8.0, None, [], [], []
+)
 
 
 def measured(forward_s: float = 0.4, backward_s: float = 0.8) -> StageMeasures:

@@ -1,0 +1,59 @@
+"""What a planner would tell a colleague who is about to start a plan."""
+
+from collections.abc import Sequence
+
+from pipetrain.sim.forecast import AUTO, Forecast, Setting
+
+_DOMINATES = 1.2  # times as long as the others on average
+_FULL = 0.9  # of a device's memory: what was not counted must fit as well
+_LONG_BUBBLE = 0.3
+
+
+def warnings_of(setting: Setting, plan: Forecast, layers: Sequence[str]) -> list[str]:
+    """
+    Args:
+        layers: their names.
+    """
+    slow = _dominating(setting, plan, layers) or _waiting(plan)  # for a stage that dominates the others wait anyway
+    return [*slow, *_full(setting, plan)]
+
+
+def _dominating(setting: Setting, plan: Forecast, layers: Sequence[str]) -> list[str]:
+    busy_s = [
+        stage.cost.forward_s + stage.cost.recompute_s + stage.cost.backward_s + stage.cost.backward_weight_s
+        for stage in plan.stages
+    ]
+    if len(busy_s) == 1:
+        return []
+    slowest = max(range(len(busy_s)), key=busy_s.__getitem__)
+    others_s = (sum(busy_s) - busy_s[slowest]) / (len(busy_s) - 1)
+    if busy_s[slowest] <= _DOMINATES * others_s:
+        return []
+    first = sum(plan.balance[:slowest])
+    model = setting.model_of(plan.choice.num_microbatches)
+    own = range(first, first + plan.balance[slowest])
+    longest = max(own, key=lambda n: model.layers[n].forward_s + model.layers[n].backward_s)
+    times = f"works {busy_s[slowest] / others_s:.2f} times as long as the others on average"
+    if len(own) == 1:
+        return [f"stage {slowest} {times}, and it is one layer: {layers[longest]}"]
+    remedy = "" if plan.choice.balance == AUTO else "; balance=auto makes the slowest stage as fast as can be"
+    return [f"stage {slowest} {times}; its longest layer is {layers[longest]}{remedy}"]
+
+
+def _full(setting: Setting, plan: Forecast) -> list[str]:
+    shares = [need / device.memory_bytes for need, device in zip(plan.rank_bytes, setting.devices, strict=True)]
+    fullest = max(range(len(shares)), key=shares.__getitem__)
+    if shares[fullest] <= _FULL:
+        return []
+    return [
+        f"device {fullest} will be {shares[fullest]:.0%} full; recompute=always or more micro_batches need less memory"
+    ]
+
+
+def _waiting(plan: Forecast) -> list[str]:
+    if plan.bubble_fraction <= _LONG_BUBBLE:
+        return []
+    return [
+        f"devices wait {plan.bubble_fraction:.0%} of the time, with {plan.choice.num_microbatches} micro-batches for "
+        f"{len(plan.balance)} stages; micro_batches=auto schedule=auto tells what would help"
+    ]
