@@ -24,6 +24,8 @@ class StageMeasures:
     Attributes:
         backward_s: whole backwards, and first halves.
         backward_weight_s: second halves.
+        update_s: of the step before: this one's is still to come when ranks tell each other what they measured.
+        data_s: in which its rank got the mini-batch.
         elapsed_s: from the step's begin to the end of its rank's last action.
         memory_bytes: of its rank.
     """
@@ -32,6 +34,8 @@ class StageMeasures:
     recompute_s: float
     backward_s: float
     backward_weight_s: float
+    update_s: float
+    data_s: float
     elapsed_s: float
     memory_bytes: float
 
@@ -88,12 +92,26 @@ class Reporter:
             counts[index] = len(parameters)
         self._offsets = [0, *(int(n) for n in transport.all_reduce(counts).cumsum(0))]
 
-    def reduce(self, loss_sum: float, count: float, request: float, spans: Sequence[Span]) -> StepReport:
-        """Adds up this rank's numbers with those of all others; every rank must call it."""
+    def reduce(
+        self,
+        loss_sum: float,
+        count: float,
+        request: float,
+        spans: Sequence[Span],
+        before: Sequence[Span],
+        data_s: float,
+    ) -> StepReport:
+        """Adds up this rank's numbers with those of all others; every rank must call it.
+
+        Args:
+            spans: of this step.
+            before: of the updates of the last one.
+        """
         measures = torch.zeros(self._num_stages, len(fields(StageMeasures)), dtype=torch.float64)
         norms = torch.zeros(self._offsets[-1], dtype=torch.float64)
         for index, parameters in self._counted.items():
-            measures[index] = torch.tensor(astuple(self._measure(index, spans)), dtype=torch.float64)
+            measured = astuple(self._measure(index, spans, before, data_s))
+            measures[index] = torch.tensor(measured, dtype=torch.float64)
             if parameters:
                 norms[self._offsets[index] : self._offsets[index + 1]] = self._squared_norms(parameters)
         scalars = torch.tensor([loss_sum, count, request], dtype=torch.float64)
@@ -118,7 +136,7 @@ class Reporter:
         ]
         return torch.stack(squares).cpu()
 
-    def _measure(self, index: int, spans: Sequence[Span]) -> StageMeasures:
+    def _measure(self, index: int, spans: Sequence[Span], before: Sequence[Span], data_s: float) -> StageMeasures:
         seconds = dict.fromkeys(Kind, 0.0)
         elapsed_s = 0.0
         for span in spans:
@@ -130,6 +148,8 @@ class Reporter:
             recompute_s=seconds[Kind.RECOMPUTE],
             backward_s=seconds[Kind.BACKWARD] + seconds[Kind.BACKWARD_INPUT],
             backward_weight_s=seconds[Kind.BACKWARD_WEIGHT],
+            update_s=sum(span.seconds for span in before if span.action.stage == index),
+            data_s=data_s,
             elapsed_s=elapsed_s,
             memory_bytes=self._memory_bytes(),
         )

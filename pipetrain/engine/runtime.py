@@ -65,6 +65,7 @@ class Runtime:
         self.parameters = {name: p for stage in stages for name, p in stage.named_parameters()}
         self.current: Action | None = None
         self.spans: list[Span] = []
+        self._updates: list[Span] = []  # of the last training step
         self._num_stages = num_stages
         self.device = device
         self._ties = ties
@@ -114,6 +115,7 @@ class Runtime:
         total: int = 0,
         update: Callable[[StepReport], None],
         request: float = 0.0,
+        data_s: float = 0.0,
     ) -> StepReport:
         """Runs one mini-batch.
 
@@ -125,6 +127,7 @@ class Runtime:
                 the last stage's rank only, leave it 0 elsewhere.
             update: called once all gradients are there, with the report; it steps the optimizer.
             request: any number; the report holds the sum over all ranks.
+            data_s: in which this rank got the mini-batch; for the report.
         """
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -132,8 +135,9 @@ class Runtime:
         last = self._num_stages - 1 in self.stages
         if last and total < 1:
             raise StageFailed("the mini-batch has no valid target: the mean of its loss is not defined")
-        self._total, self._request, self._on_update = total if last else 0, request, update
+        self._total, self._request, self._data_s, self._on_update = total if last else 0, request, data_s, update
         self._run(program)
+        self._updates = [span for span in self.spans if span.action.kind is Kind.UPDATE]
         assert self._report is not None, "a training schedule ends with an update"
         return self._report
 
@@ -257,7 +261,8 @@ class Runtime:
         report, is_first = self._report, self._report is None
         if report is None:
             sum_gradients(self._ties, self.parameters, self._program.schedule.placement, self.transport)
-            report = self._reporter.reduce(float(self._loss), self._total, self._request, self._clock.spans())
+            measured = self._clock.spans(), self._updates, self._data_s
+            report = self._reporter.reduce(float(self._loss), self._total, self._request, *measured)
             self._report = report
         start = self._clock.now()
         if is_first:

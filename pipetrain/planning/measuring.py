@@ -1,6 +1,8 @@
 """The worker processes that measure: what each layer takes on its device, and what a message takes between two."""
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -68,7 +70,6 @@ def measure_together(
         The profile on the first rank, None on the others.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    process_bytes = _resident_bytes() if device.type == "cpu" else 0
     kinds: list[str] = [""] * world
     dist.all_gather_object(kinds, kind_of(device))
     costs = _costs_that_fit(job, rows, device, announce)
@@ -86,7 +87,7 @@ def measure_together(
         memory_bytes=dict(zip(kinds, memory, strict=True)),
         slowness={kind: own / seconds[0] for kind, own in reversed(list(zip(kinds, seconds, strict=True)))},
         link=link,
-        process_bytes=process_bytes,
+        process_bytes=_process_bytes() if device.type == "cpu" else 0,
         costs={number: costs[number] if all(number in each for each in measured) else None for number in rows},
     )
 
@@ -182,5 +183,14 @@ def memory_of(device: torch.device) -> float:
     return total
 
 
-def _resident_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _process_bytes() -> int:
+    """What this process holds without any tensors, once it has done everything that training does: by then the code of
+    all operations is in memory, which is most of it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # no Linux: the most that it ever held
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_pages * os.sysconf("SC_PAGE_SIZE")

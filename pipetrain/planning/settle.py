@@ -18,8 +18,9 @@ from pipetrain.planning.profiles import RunJob, Say, about_of, keep, kept, measu
 from pipetrain.planning.warnings import warnings_of
 from pipetrain.profile.store import Profile
 from pipetrain.schedule import ALWAYS, SELECTIVE
+from pipetrain.sim.accounts import account
 from pipetrain.sim.balance import even
-from pipetrain.sim.forecast import Forecast, Setting, forecast
+from pipetrain.sim.forecast import Forecast, Setting, forecast, schedule_of
 from pipetrain.sim.planner import plans
 from pipetrain.training.build import build_recipe, is_recomputed
 from pipetrain.training.job import Job
@@ -181,6 +182,10 @@ def _prediction(
             )
             for stage in best.stages
         ],
+        device_bytes=list(best.rank_bytes),
+        accounts=dataclasses.asdict(
+            account(schedule_of(setting, best.choice), [stage.cost for stage in best.stages], best.step_s)
+        ),
         samples_per_s=job.cfg.batch_size / best.step_s,
         tokens_per_s=_tokens(job) / best.step_s if _tokens(job) else None,
         warnings=warnings_of(setting, best, [layer.name for layer in recipe.layers]),

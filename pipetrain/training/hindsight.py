@@ -1,13 +1,17 @@
 """After a run: what was predicted of a step beside what was measured, and the largest surprise in words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import median
 
 from pipetrain.engine.report import StageMeasures
 from pipetrain.schedule import Schedule
-from pipetrain.training.plan import Prediction, short
+from pipetrain.training.measured import bubble_measured, measured_accounts, measured_costs
+from pipetrain.training.plan import Prediction, aligned, mib, short
 
 _FEWEST = 3  # steps, without the first one, which is never like the others
+# The accounts that are no matter of the stages' costs, which are compared by themselves.
+_BETWEEN = ("communication_s", "update_s", "data_s")
 
 
 class Hindsight:
@@ -15,51 +19,69 @@ class Hindsight:
 
     def __init__(self, prediction: Prediction, schedule: Schedule) -> None:
         self._prediction, self._schedule = prediction, schedule
-        self._steps: list[float] = []
-        self._bubbles: list[float] = []
-        self._parts: dict[str, list[float]] = {}
-        self._is_first = True
+        self._seen: dict[str, list[float]] = {}
+        self._memory_bytes = [0.0] * schedule.num_ranks
+        self._steps = 0
 
-    def note(self, step_s: float, bubble_fraction: float, stages: Sequence[StageMeasures]) -> None:
+    def note(self, step_s: float, stages: Sequence[StageMeasures]) -> None:
         """Takes one step."""
-        if self._is_first:
-            self._is_first = False
+        self._steps += 1
+        for stage, rank in zip(stages, self._schedule.placement, strict=True):
+            self._memory_bytes[rank] = stage.memory_bytes
+        if self._steps == 1:
             return
-        self._steps.append(step_s)
-        self._bubbles.append(bubble_fraction)
-        each = self._schedule.num_microbatches
-        for number, stage in enumerate(stages):
-            self._parts.setdefault(f"stage {number}'s forward", []).append(stage.forward_s / each)
-            backward_s = stage.backward_s + stage.backward_weight_s
-            self._parts.setdefault(f"stage {number}'s backward", []).append(backward_s / each)
+        found = {"step_s": step_s, "bubble": bubble_measured(stages, self._schedule)}
+        found |= asdict(measured_accounts(stages, self._schedule, step_s))
+        for number, cost in enumerate(measured_costs(stages, self._schedule)):
+            found[f"stage {number}'s forward"] = cost.forward_s
+            found[f"stage {number}'s backward"] = cost.backward_s + cost.backward_weight_s
+        for what, value in found.items():
+            self._seen.setdefault(what, []).append(value)
 
     def lines(self) -> list[str]:
         """For the console; none after too few steps."""
-        if len(self._steps) < _FEWEST:
+        if self._steps <= _FEWEST:
             return []
-        step_s, bubble = median(self._steps), median(self._bubbles)
-        said = self._prediction
+        measured = {what: median(values) for what, values in self._seen.items()}
+        said, step_s = self._prediction, measured["step_s"]
+        names = list(said.accounts)
+        table = [
+            ("seconds of a step", *(name.removesuffix("_s") for name in names), "step"),
+            ("measured", *(_thousandths(measured[name]) for name in names), _thousandths(step_s)),
+            ("predicted", *(_thousandths(said.accounts[name]) for name in names), _thousandths(said.step_s)),
+        ]
         return [
             f"a step took {short(step_s)}, predicted {short(said.step_s)} ({step_s / said.step_s:.2f} times as long); "
-            f"bubble {bubble:.1%}, predicted {said.bubble_fraction:.1%}",
-            f"the largest surprise: {self._surprise(step_s)}",
+            f"bubble {measured['bubble']:.1%}, predicted {said.bubble_fraction:.1%}",
+            *aligned(table),
+            f"memory {_listed(self._memory_bytes)}, predicted {_listed(said.device_bytes)}",
+            f"the largest surprise: {self._surprise(measured)}",
         ]
 
-    def _surprise(self, step_s: float) -> str:
-        predicted: dict[str, float] = {}
-        for number, stage in enumerate(self._prediction.stages):
+    def _surprise(self, measured: Mapping[str, float]) -> str:
+        """By what it means for the step: all micro-batches of a stage go through it one after the other."""
+        said, number_of_turns = self._prediction, self._schedule.num_microbatches
+        predicted = {name: said.accounts[name] for name in _BETWEEN}
+        for number, stage in enumerate(said.stages):
             predicted[f"stage {number}'s forward"] = stage.forward_s
             predicted[f"stage {number}'s backward"] = stage.backward_s
-        measured = {what: median(values) for what, values in self._parts.items()}
-        # By what it means for the step: all micro-batches of a stage go through it one after the other.
-        most = max(measured, key=lambda what: abs(measured[what] - predicted[what]))
-        off_s = self._schedule.num_microbatches * (measured[most] - predicted[most])
-        between_s = step_s - self._prediction.step_s - off_s
-        if abs(between_s) > abs(off_s):
-            kind = "more" if between_s > 0 else "less"
-            where = "between the layers: data, messages, waiting, the update"
-            return f"{short(abs(between_s))} a step {kind} than predicted {where}"
+
+        def weight(what: str) -> float:
+            return abs(measured[what] - predicted[what]) * (1 if what in _BETWEEN else number_of_turns)
+
+        most = max(predicted, key=weight)
+        if most in _BETWEEN:
+            took, were = (round(each[most], 6) + 0.0 for each in (measured, predicted))
+            return f"{most.removesuffix('_s')} took {short(took)} of a step where {short(were)} were predicted"
         return (
             f"{most} took {short(measured[most])} a micro-batch where {short(predicted[most])} were predicted "
             f"({measured[most] / predicted[most]:.2f} times)"
         )
+
+
+def _thousandths(seconds: float) -> str:
+    return f"{round(seconds, 3) + 0.0:.3f}"  # never -0.000
+
+
+def _listed(sizes: Sequence[float]) -> str:
+    return ", ".join(mib(size) for size in sizes)

@@ -26,8 +26,9 @@ from pipetrain.training.ema import WeightAverage
 from pipetrain.training.evaluate import Evaluator
 from pipetrain.training.hindsight import Hindsight
 from pipetrain.training.job import Job
+from pipetrain.training.measured import pipeline_values
 from pipetrain.training.memory import memory_advice
-from pipetrain.training.metrics import Metrics, bubble_measured, compared_settings, pipeline_values
+from pipetrain.training.metrics import Metrics, compared_settings
 from pipetrain.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from pipetrain.training.plan import drawn, make_plan
 from pipetrain.training.record import Recorder
@@ -166,6 +167,7 @@ class Trainer:
     def _train_one_step(self) -> tuple[StepReport, float]:
         started = time.perf_counter()
         inputs, targets = self._batch(self.data, self.step)
+        data_s = time.perf_counter() - started
         self._finite = True
         is_traced = self.cfg.trace_every > 0 and (self.step + 1) % self.cfg.trace_every == 0
         if is_traced:
@@ -178,6 +180,7 @@ class Trainer:
             total=self.recipe.count(targets) if targets is not None else 0,
             update=self._update,
             request=float(self.signals.request),
+            data_s=data_s,
         )
         if not self._finite:
             self._explain_non_finite(report, inputs, targets)
@@ -255,7 +258,7 @@ class Trainer:
         if self.metrics is None or self.console is None:
             return
         if self.hindsight is not None:
-            self.hindsight.note(step_s, bubble_measured(report.stages, self.schedule), report.stages)
+            self.hindsight.note(step_s, report.stages)
         self.console.tick(self.step, report.loss_sum / report.count, report.count / step_s)
         if not (last or self.step == 1 or self._due(self.cfg.log_every)):
             return
@@ -270,7 +273,9 @@ class Trainer:
             values["speed/tokens_per_s"] = report.count / step_s
         if isinstance(self.job.data, ImageSet) and self.job.data.skipped:
             values["data/skipped"] = self.job.data.skipped
-        self.metrics.log(self.step, values | pipeline_values(report.stages, self.schedule))
+        if self.job.prediction is not None:
+            values["predicted/step_s"] = self.job.prediction.step_s
+        self.metrics.log(self.step, values | pipeline_values(report.stages, self.schedule, step_s))
         self._write_status("running", None)
 
     def _evaluate(self) -> None:

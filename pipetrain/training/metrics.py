@@ -13,17 +13,15 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from pipetrain.config import Config, num_microbatches
-from pipetrain.costs import StageCost
-from pipetrain.engine.report import StageMeasures
 from pipetrain.paths import RunPaths
-from pipetrain.schedule import Schedule, bubble_fraction
-from pipetrain.sim.simulate import simulate
 from pipetrain.training.console import Console
 
 # What TensorBoard's "Custom Scalars" tab shows in common charts.
 _LAYOUT = {
     "Pipeline": {
         "bubble": ["Multiline", ["pipeline/bubble_measured", "pipeline/bubble_predicted"]],
+        "where a step goes": ["Multiline", [r"time/.*_s"]],
+        "step": ["Multiline", ["speed/step_s", "predicted/step_s"]],
         "waiting by stage": ["Multiline", [r"stage_\d+/wait_s"]],
         "memory by stage": ["Multiline", [r"stage_\d+/memory_bytes"]],
     },
@@ -69,39 +67,6 @@ class Metrics:
         self._board._get_file_writer().add_summary(self._session_end)
         self._board.close()
         self._file.close()
-
-
-def pipeline_values(stages: Sequence[StageMeasures], schedule: Schedule) -> dict[str, float]:
-    """Where the time of a step went, and the bubble that the simulator gives for stages that cost as measured."""
-    each = schedule.num_microbatches
-    costs = [
-        StageCost(s.forward_s / each, s.backward_s / each, s.backward_weight_s / each, s.recompute_s / each)
-        for s in stages
-    ]
-    makespan_s, busy_s = _times(stages, schedule)
-    values = {
-        "pipeline/bubble_measured": bubble_measured(stages, schedule),
-        "pipeline/bubble_predicted": bubble_fraction(simulate(schedule, costs), schedule.num_ranks),
-    }
-    for index, stage in enumerate(stages):
-        values[f"stage_{index}/forward_s"] = stage.forward_s
-        values[f"stage_{index}/recompute_s"] = stage.recompute_s
-        values[f"stage_{index}/backward_s"] = stage.backward_s + stage.backward_weight_s
-        values[f"stage_{index}/wait_s"] = makespan_s - busy_s[schedule.placement[index]]
-        values[f"stage_{index}/memory_bytes"] = stage.memory_bytes
-    return values
-
-
-def bubble_measured(stages: Sequence[StageMeasures], schedule: Schedule) -> float:
-    """The share of a step in which the ranks did not compute, on average."""
-    makespan_s, busy_s = _times(stages, schedule)
-    return 1 - sum(busy_s) / (schedule.num_ranks * makespan_s)
-
-
-def _times(stages: Sequence[StageMeasures], schedule: Schedule) -> tuple[float, list[float]]:
-    """Seconds of the step, and in which each rank computed."""
-    busy_s = [sum(stages[s].busy_s for s in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
-    return max(stage.elapsed_s for stage in stages), busy_s
 
 
 def compared_settings(cfg: Config, balance: Sequence[int]) -> dict[str, str | float]:

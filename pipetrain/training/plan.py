@@ -64,6 +64,8 @@ class Prediction:
     """What the planner says of a step, from what each layer costs.
 
     Attributes:
+        device_bytes: of each device in its fullest moment, with what the process itself takes.
+        accounts: where the seconds of a step go, see `sim.accounts.Accounts`.
         tokens_per_s: of text, else None.
         chosen: the settings that were left to the planner.
         weighed: this plan and others, the best first.
@@ -72,6 +74,8 @@ class Prediction:
     step_s: float
     bubble_fraction: float
     stages: list[StagePrediction]
+    device_bytes: list[int]
+    accounts: dict[str, float]
     samples_per_s: float
     tokens_per_s: float | None
     warnings: list[str]
@@ -114,16 +118,16 @@ class Prediction:
             (
                 f"  {_compared(plan, best)}",
                 f"bubble {plan.bubble_fraction:.1%}",
-                _mib(plan.device_bytes),
+                mib(plan.device_bytes),
                 " ".join(f"{key}={_shown(plan.settings[key])}" for key in keys),
             )
             for plan in others[:_MOST_SHOWN]
         ]
-        return ["the next best:", *_aligned(rows)]
+        return ["the next best:", *aligned(rows)]
 
 
 def _compared(plan: Weighed, best: Weighed) -> str:
-    return f"{plan.step_s / best.step_s:.2f}x" if plan.fits else f"needs {_mib(plan.device_bytes)}"
+    return f"{plan.step_s / best.step_s:.2f}x" if plan.fits else f"needs {mib(plan.device_bytes)}"
 
 
 def _shown(value: Any) -> str:
@@ -164,7 +168,7 @@ class Plan:
             home = [str(stage.rank)] if several else []
             known = (str(stage.stage), *home, stage.device, str(len(stage.layers)), span, f"{stage.parameters:,}")
             rows.append((*known, *self._predicted(stage.stage)))
-        lines = _aligned(_without_middle(rows))
+        lines = aligned(_without_middle(rows))
         total = sum(stage.parameters for stage in self.stages)
         lines.append(
             f"{total:,} parameters, schedule {self.schedule}, {self.num_microbatches} micro-batches, "
@@ -193,14 +197,14 @@ class Plan:
         kinds = [kind for kind in of_stages[0] if any(memory[kind] for memory in of_stages)]
         rows = [("stage", *(kind.replace("_", " ") for kind in kinds), "memory")]
         for stage, memory in enumerate(of_stages):
-            rows.append((str(stage), *(_mib(memory[kind]) for kind in kinds), _mib(sum(memory.values()))))
-        return _aligned(_without_middle(rows))
+            rows.append((str(stage), *(mib(memory[kind]) for kind in kinds), mib(sum(memory.values()))))
+        return aligned(_without_middle(rows))
 
     def _predicted(self, stage: int) -> tuple[str, ...]:
         if self.prediction is None:
             return ()
         its = self.prediction.stages[stage]
-        return short(its.forward_s), short(its.backward_s), short(its.idle_s), _mib(sum(its.memory.values()))
+        return short(its.forward_s), short(its.backward_s), short(its.idle_s), mib(sum(its.memory.values()))
 
 
 def _without_middle(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -211,12 +215,14 @@ def _without_middle(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return [*rows[: 1 + half], ("...", *[""] * (len(rows[0]) - 1)), *rows[-half:]]
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _mib(num_bytes: int) -> str:
+def mib(num_bytes: float) -> str:
+    """Bytes for people."""
     return f"{num_bytes / 2**20:,.0f} MiB"
 
 

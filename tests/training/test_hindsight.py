@@ -1,50 +1,88 @@
 """What is said after a run about what was said before it."""
 
+import dataclasses
+
+import pytest
+
 from pipetrain.engine.report import StageMeasures
 from pipetrain.schedule import build
+from pipetrain.sim.accounts import account
 from pipetrain.training.hindsight import Hindsight
+from pipetrain.training.measured import measured_costs, pipeline_values
 from pipetrain.training.plan import Prediction, StagePrediction
 
 SCHEDULE = build("1f1b", 2, 4, recompute="never")
-PREDICTION = Prediction(
-    1.5, 0.2, [StagePrediction(0.1, 0.2, 0.3, {}), StagePrediction(0.1, 0.2, 0.3, {})], 8.0, None, [], [], []
-)
+MIB = 2**20
 
 
-def measured(forward_s: float = 0.4, backward_s: float = 0.8) -> StageMeasures:
+def measured(forward_s: float = 0.4, backward_s: float = 0.8, **changes: float) -> StageMeasures:
     """Of all four micro-batches."""
-    return StageMeasures(forward_s, 0.0, backward_s / 2, backward_s / 2, elapsed_s=1.5, memory_bytes=0.0)
+    others = {"update_s": 0.01, "data_s": 0.0, "elapsed_s": 1.5, "memory_bytes": 5.0 * MIB} | changes
+    return StageMeasures(forward_s, 0.0, backward_s, 0.0, **others)
+
+
+PREDICTION = Prediction(
+    step_s=1.51,
+    bubble_fraction=0.2,
+    stages=[StagePrediction(0.1, 0.2, 0.3, {}), StagePrediction(0.1, 0.2, 0.3, {})],
+    device_bytes=[4 * MIB, 5 * MIB],
+    accounts=dataclasses.asdict(account(SCHEDULE, measured_costs([measured()] * 2, SCHEDULE), 1.51)),
+    samples_per_s=8.0,
+    tokens_per_s=None,
+    warnings=[],
+    chosen=[],
+    weighed=[],
+)
 
 
 def after(step_s: float, *stages: StageMeasures, steps: int = 3) -> list[str]:
     hindsight = Hindsight(PREDICTION, SCHEDULE)
-    hindsight.note(9.0, 0.9, [measured(9.0), measured(9.0)])  # the first step is like no other
+    hindsight.note(9.0, [measured(9.0), measured(9.0)])  # the first step is like no other
     for _ in range(steps):
-        hindsight.note(step_s, 0.25, stages)
+        hindsight.note(step_s, stages)
     return hindsight.lines()
 
 
-def test_a_slow_stage_is_named() -> None:
+def test_all_is_told_beside_what_was_predicted() -> None:
     assert after(1.9, measured(), measured(backward_s=1.2)) == [
-        "a step took 1.9 s, predicted 1.5 s (1.27 times as long); bubble 25.0%, predicted 20.0%",
+        "a step took 1.9 s, predicted 1.51 s (1.26 times as long); bubble 6.7%, predicted 20.0%",
+        "seconds of a step  forward  recompute  backward  imbalance  bubble  communication  update  data   step",
+        "measured           0.400    0.000      1.000     0.150      0.350   -0.010         0.010   0.000  1.900",
+        "predicted          0.400    0.000      0.800     0.000      0.300   0.000          0.010   0.000  1.510",
+        "memory 5 MiB, 5 MiB, predicted 4 MiB, 5 MiB",
         "the largest surprise: stage 1's backward took 300 ms a micro-batch where 200 ms were predicted (1.50 times)",
     ]
 
 
 def test_a_fast_stage_is_a_surprise_too() -> None:
-    _, surprise = after(1.4, measured(forward_s=0.2), measured())
-    assert surprise == (
+    assert after(1.4, measured(forward_s=0.2), measured())[-1] == (
         "the largest surprise: stage 0's forward took 50 ms a micro-batch where 100 ms were predicted (0.50 times)"
     )
 
 
-def test_what_no_layer_explains_is_between_them() -> None:
-    _, surprise = after(2.0, measured(), measured(forward_s=0.44))
-    assert surprise == (
-        "the largest surprise: 460 ms a step more than predicted "
-        "between the layers: data, messages, waiting, the update"
-    )
+@pytest.mark.parametrize(
+    ("step_s", "changes", "said"),
+    [
+        (2.51, {}, "communication took 960 ms of a step where 0 ms were predicted"),
+        (2.51, {"data_s": 1.0}, "data took 1 s of a step where 0 ms were predicted"),
+        (2.51, {"update_s": 1.01}, "update took 1.01 s of a step where 10 ms were predicted"),
+    ],
+)
+def test_what_no_stage_explains_is_named(step_s: float, changes: dict[str, float], said: str) -> None:
+    assert after(step_s, measured(**changes), measured(forward_s=0.44))[-1] == f"the largest surprise: {said}"
 
 
 def test_a_few_steps_say_nothing() -> None:
     assert after(2.0, measured(), measured(), steps=2) == []
+
+
+def test_recomputes_count_once_each() -> None:
+    """Under 1F1B the last stage turns round every micro-batch, and with except_last recomputes none."""
+    plan = build("1f1b", 2, 4, recompute=["except_last", "except_last"])
+    stages = [dataclasses.replace(measured(), recompute_s=seconds) for seconds in (0.4, 0.0)]
+    first, last = measured_costs(stages, plan)
+    assert first.recompute_s == pytest.approx(0.1)
+    assert last.recompute_s == 0.0
+    values = pipeline_values(stages, plan, 2.0)
+    assert values["time/recompute_s"] == pytest.approx(0.2)
+    assert sum(value for name, value in values.items() if name.startswith("time/")) == pytest.approx(2.0)

@@ -1,6 +1,7 @@
 """The training loop: the same run for every partitioning, and a resumed run is one that never stopped."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipetrain.config import CheckpointConfig, EvalConfig
 from pipetrain.engine.stage import Stage
 from pipetrain.errors import Exit, NonFiniteError, StageFailed
+from pipetrain.training import loop
 from pipetrain.training.loop import Request, Signals
 
 
@@ -104,6 +106,27 @@ def test_metrics_have_the_same_names_and_values_in_tensorboard(tmp_path: Path) -
         "_hparams_/session_start_info" in board.Tags()["tensors"]
         or board.summary_metadata["_hparams_/session_start_info"]
     )
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "zb_v"])
+def test_accounts_of_a_step_add_up_to_it(tmp_path: Path, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_s = 0.02
+    part_of_batch = loop.part_of_batch
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        time.sleep(slow_s)
+        return part_of_batch(*args, **options)
+
+    monkeypatch.setattr(loop, "part_of_batch", slowly)
+    run(tmp_path, "run", 2, settings(schedule=schedule, log_every=1))
+    rows = [row for row in metrics(tmp_path, "run") if "loss/train" in row]
+    for row in rows:
+        accounts = {name: value for name, value in row.items() if name.startswith("time/")}
+        assert sum(accounts.values()) == pytest.approx(row["speed/step_s"])
+        assert accounts["time/data_s"] >= slow_s
+        assert min(accounts[f"time/{name}_s"] for name in ("forward", "recompute", "backward")) > 0
+    assert rows[0]["time/update_s"] == 0  # it is the step's before
+    assert all(row["time/update_s"] > 0 for row in rows[1:])
 
 
 def test_resume_drops_the_lines_behind_the_checkpoint(tmp_path: Path) -> None:

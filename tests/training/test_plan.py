@@ -11,7 +11,7 @@ def weighed(step_s: float, *, fits: bool = True, **changes: Any) -> Weighed:
 
 
 def prediction(*plans: Weighed, chosen: tuple[str, ...] = ("schedule", "micro_batches", "balance")) -> Prediction:
-    return Prediction(1.0, 0.1, [], 8.0, None, [], list(chosen), list(plans))
+    return Prediction(1.0, 0.1, [], [], {}, 8.0, None, [], list(chosen), list(plans))
 
 
 def test_the_best_with_each_other_value_is_compared() -> None:
@@ -48,7 +48,7 @@ def test_the_next_best_are_told_by_what_differs() -> None:
 def plan_of(num_stages: int) -> Plan:
     memory = {"weights": 2**20, "versions": 0, "in_flight": 2**21}
     stages = [StagePrediction(0.001, 0.002, 0.5, memory) for _ in range(num_stages)]
-    said = Prediction(2.0, 0.25, stages, 8.0, 1024.0, ["look out"], [], [weighed(2.0)])
+    said = Prediction(2.0, 0.25, stages, [], {}, 8.0, 1024.0, ["look out"], [], [weighed(2.0)])
     return Plan([StagePlan(s, s, "cpu", ["layer"], 7) for s in range(num_stages)], "1f1b", 8, "never", 0.3, said)
 
 
