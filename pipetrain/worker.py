@@ -173,9 +173,24 @@ def _record(run: RunPaths, failure: Failure) -> None:
 def num_threads(job: Job) -> int:
     """CPU threads of each worker."""
     if job.cfg.threads == "auto":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", len(job.devices)))
-        return max(1, len(os.sched_getaffinity(0)) // local)
+        return max(1, num_cores() // _workers_here(job))
     return int(job.cfg.threads)
+
+
+def crowding(job: Job) -> float:
+    """How many times as slow workers are as one alone: threads for each core, where these are more than one."""
+    if job.devices[0] != "cpu":
+        return 1.0
+    return max(1.0, _workers_here(job) * num_threads(job) / num_cores())
+
+
+def num_cores() -> int:
+    """Of this machine, that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _workers_here(job: Job) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", len(job.devices)))
 
 
 def _listen(signals: Signals) -> None:

@@ -51,6 +51,8 @@ def described_profile(job: Job, recipe: Recipe, rows: Sequence[int]) -> Profile:
         memory_bytes={device.name: device.memory_gib * 2**30},
         slowness={device.name: 1.0},
         link=Link(device.link_us * 1e-6, gb_per_s),
+        engine_s=0.0,
+        crowding=1.0,
         process_bytes=0,
         costs=costs,
     )

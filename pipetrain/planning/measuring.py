@@ -24,6 +24,7 @@ from pipetrain.engine.connect import connect
 from pipetrain.engine.message import Wire
 from pipetrain.engine.transport import Transport
 from pipetrain.errors import Exit
+from pipetrain.planning.engine_cost import engine_s
 from pipetrain.profile.bench import Bench, Conditions, signatures_of
 from pipetrain.profile.observe import measure
 from pipetrain.profile.store import Profile
@@ -32,7 +33,7 @@ from pipetrain.training.data import open_data, to_device
 from pipetrain.training.job import Job
 from pipetrain.training.loop import Signals
 from pipetrain.training.optim import build_optimizer
-from pipetrain.worker import TIMEOUT, join, run_process
+from pipetrain.worker import TIMEOUT, crowding, join, run_process
 
 _SMALL, _LARGE = 64, 4 * 2**20  # bytes of the messages that are measured
 _MESSAGES = 30
@@ -77,7 +78,9 @@ def measure_together(
     dist.all_gather_object(measured, list(costs))
     seconds: list[float] = [0.0] * world
     dist.all_gather_object(seconds, sum(layer.forward_s + layer.backward_s for layer in costs[rows[0]].layers))
-    link = measure_link(connect(device, TIMEOUT), device) if world > 1 else Link()
+    transport = connect(device, TIMEOUT)
+    link = measure_link(transport, device) if world > 1 else Link()
+    own_s = engine_s(transport, device)
     memory: list[float] = [0.0] * world
     dist.all_gather_object(memory, memory_of(device))
     if rank != 0:
@@ -87,6 +90,8 @@ def measure_together(
         memory_bytes=dict(zip(kinds, memory, strict=True)),
         slowness={kind: own / seconds[0] for kind, own in reversed(list(zip(kinds, seconds, strict=True)))},
         link=link,
+        engine_s=own_s,
+        crowding=crowding(job),
         process_bytes=_process_bytes() if device.type == "cpu" else 0,
         costs={number: costs[number] if all(number in each for each in measured) else None for number in rows},
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipetrain.config import TextConfig
+from pipetrain.config import TextConfig, num_microbatches
 from pipetrain.costs import Device
 from pipetrain.errors import ConfigError
 from pipetrain.models import Recipe
@@ -25,6 +25,7 @@ from pipetrain.sim.planner import plans
 from pipetrain.training.build import build_recipe, is_recomputed
 from pipetrain.training.job import Job
 from pipetrain.training.plan import Prediction, StagePrediction, Weighed
+from pipetrain.worker import crowding, num_cores
 
 
 def settle(job: Job, run_job: RunJob, say: Say) -> Job:
@@ -91,15 +92,14 @@ def _rows(job: Job, recipe: Recipe) -> list[int]:
 
 def _settled(job: Job, recipe: Recipe, profile: Profile, say: Say) -> Job:
     num_ranks, setting = len(job.devices), _setting(job, recipe, profile)
-    measured = {rows for rows, cost in profile.costs.items() if cost is not None}
-    ranked = plans(
-        setting,
-        [
-            choice
-            for choice in choices(job.cfg, num_ranks, len(recipe.layers))
-            if setting.rows_of(choice.num_microbatches) in measured
-        ],
-    )
+    every = choices(job.cfg, num_ranks, len(recipe.layers))
+    possible = [choice for choice in every if profile.costs[setting.rows_of(choice.num_microbatches)] is not None]
+    if not possible:
+        raise ConfigError(
+            f"micro_batches={num_microbatches(job.cfg)} makes micro-batches of which the devices have no memory for a "
+            "single layer; use more of them, or micro_batches=auto"
+        )
+    ranked = plans(setting, possible)
     best, opened = ranked[0], left_open(job.cfg, num_ranks)
     job.run.root.mkdir(parents=True, exist_ok=True)
     job.run.profile.write_text(profile.to_json())
@@ -137,12 +137,13 @@ def _setting(job: Job, recipe: Recipe, profile: Profile) -> Setting:
     cfg, gib = job.cfg, job.cfg.plan.memory_gib
     kinds = list(profile.memory_bytes)
     policy = SELECTIVE if SELECTIVE in cfg.recompute else ALWAYS  # of the stages that recompute at all
-    share = len(job.devices) if job.devices[0] == "cpu" else 1
+    is_shared = job.devices[0] == "cpu" and cfg.plan.devices is None  # one machine has all of them
+    share, crowded = (len(job.devices), crowding(job) / profile.crowding) if is_shared else (1, 1.0)
     devices = [
         Device(
             name,
             memory_bytes=(profile.memory_bytes[kind] / share) if gib is None else gib * 2**30,
-            slowness=profile.slowness[kind],
+            slowness=crowded * profile.slowness[kind],
         )
         for name, kind in ((name, _kind_of(name, kinds)) for name in job.devices)
     ]
@@ -152,6 +153,7 @@ def _setting(job: Job, recipe: Recipe, profile: Profile) -> Setting:
         devices=tuple(devices),
         link=profile.link,
         recomputed=tuple(is_recomputed(cfg, policy, layer.name) for layer in recipe.layers),
+        engine_s=profile.engine_s,
         process_bytes=profile.process_bytes,
     )
 
@@ -163,6 +165,14 @@ def _kind_of(device: str, kinds: Sequence[str]) -> str:
 def _tokens(job: Job) -> int:
     """In a mini-batch of text."""
     return job.cfg.batch_size * job.cfg.data.seq_len if isinstance(job.cfg.data, TextConfig) else 0
+
+
+def _crowded(job: Job) -> list[str]:
+    if job.cfg.plan.devices is not None or crowding(job) == 1:
+        return []
+    return [
+        f"{len(job.devices)} CPU processes share {num_cores()} cores: a step is no faster than on {num_cores()} of them"
+    ]
 
 
 def _prediction(
@@ -188,7 +198,7 @@ def _prediction(
         ),
         samples_per_s=job.cfg.batch_size / best.step_s,
         tokens_per_s=_tokens(job) / best.step_s if _tokens(job) else None,
-        warnings=warnings_of(setting, best, [layer.name for layer in recipe.layers]),
+        warnings=[*warnings_of(setting, best, [layer.name for layer in recipe.layers]), *_crowded(job)],
         chosen=list(opened),
         weighed=[
             Weighed(_typed(plan), plan.step_s, plan.bubble_fraction, max(plan.rank_bytes), plan.fits) for plan in ranked

@@ -19,6 +19,8 @@ class Profile:
         about: what it depends on: the layers, the shapes, the devices, the versions; see `identity`.
         memory_bytes: of each device, by what it is called.
         slowness: of each kind of device, where the first one has 1.
+        engine_s: what every action takes beside its layers.
+        crowding: threads for each core while it was measured, at least 1.
         process_bytes: what a rank holds before its stage is built.
         costs: by the samples in a micro-batch; None where not even a layer of so many fits a device.
     """
@@ -27,6 +29,8 @@ class Profile:
     memory_bytes: Mapping[str, float]
     slowness: Mapping[str, float]
     link: Link
+    engine_s: float
+    crowding: float
     process_bytes: int
     costs: Mapping[int, ModelCost | None]
 
@@ -46,6 +50,8 @@ class Profile:
             memory_bytes=raw["memory_bytes"],
             slowness=raw["slowness"],
             link=Link(**raw["link"]),
+            engine_s=raw["engine_s"],
+            crowding=raw["crowding"],
             process_bytes=raw["process_bytes"],
             costs={int(rows): cost and _model_cost(cost) for rows, cost in raw["costs"].items()},
         )

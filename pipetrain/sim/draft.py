@@ -140,13 +140,15 @@ def _estimate_s(setting: Setting, model: ModelCost, choice: Choice, balance: Seq
     slowness = [setting.devices[rank].slowness for rank in schedule.placement]
     ends = list(accumulate(balance))
     busy_s = [0.0] * num_ranks
+    actions = 2 + (choice.recompute != NEVER) + schedule.is_split  # of a micro-batch on a stage
     for rank, slow, end, number in zip(schedule.placement, slowness, ends, balance, strict=True):
-        busy_s[rank] += slow * sum(chain.seconds[end - number : end])
+        busy_s[rank] += slow * sum(chain.seconds[end - number : end]) + actions * setting.engine_s
     if choice.recompute == EXCEPT_LAST and _all_turn_round(schedule):
         redone = zip(model.layers[-balance[-1] :], setting.recomputed[-balance[-1] :], strict=True)
         busy_s[schedule.placement[-1]] -= slowness[-1] * sum(layer.forward_s for layer, again in redone if again)
     through_s = sum(layer.forward_s + layer.backward_s for layer in model.layers) * max(slowness)
-    way_s = (through_s + 2 * len(balance) * setting.link.latency_s) * (num_ranks - 1) / num_ranks / each
+    between_s = setting.link.latency_s + setting.engine_s
+    way_s = (through_s + 2 * len(balance) * between_s) * (num_ranks - 1) / num_ranks / each
     return choice.num_microbatches * max(busy_s) + way_s / (3 if schedule.is_split else 1)
 
 

@@ -1,11 +1,11 @@
 """What a choice would do: one step simulated, and its memory walked through."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pipetrain.costs import Device, Link, ModelCost, StageCost
-from pipetrain.schedule import Schedule, bubble_fraction, generate
+from pipetrain.schedule import Kind, Schedule, generate
 from pipetrain.schedule.recompute import add_recompute
 from pipetrain.sim.cut import Cut
 from pipetrain.sim.memory import Memory, memory
@@ -71,6 +71,7 @@ class Setting:
         model: the costs of all layers for micro-batches of so many samples.
         devices: one for each rank.
         recomputed: for each layer, whether `recompute` may run it again.
+        engine_s: what every action takes beside its layers; it counts as waiting.
         process_bytes: what a rank holds before it has built its stage.
     """
 
@@ -79,6 +80,7 @@ class Setting:
     devices: tuple[Device, ...]
     link: Link
     recomputed: tuple[bool, ...]
+    engine_s: float = 0.0
     process_bytes: int = 0
 
     def rows_of(self, num_microbatches: int) -> int:
@@ -96,10 +98,11 @@ def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Fore
     cut = Cut(setting.model_of(choice.num_microbatches), balance, setting.recomputed)
     homes = [setting.devices[rank] for rank in schedule.placement]
     costs = cut.costs(split=schedule.is_split, slowness=[home.slowness for home in homes])
-    spans = simulate(schedule, costs, setting.link)
+    spans = simulate(schedule, [_in_engine(cost, setting.engine_s) for cost in costs], setting.link)
     busy_s = [0.0] * schedule.num_ranks
     for span in spans:
-        busy_s[schedule.placement[span.action.stage]] += span.seconds
+        own_s = 0.0 if span.action.kind is Kind.UPDATE else setting.engine_s
+        busy_s[schedule.placement[span.action.stage]] += span.seconds - own_s
     used = memory(schedule, cut.bytes())
     needs = _rank_bytes(setting, schedule, used)
     step_s = max(span.end_s for span in spans)
@@ -107,13 +110,23 @@ def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Fore
         choice=choice,
         balance=balance,
         step_s=step_s,
-        bubble_fraction=bubble_fraction(spans, schedule.num_ranks),
+        bubble_fraction=1 - sum(busy_s) / (schedule.num_ranks * step_s),
         stages=tuple(
             StageForecast(cost, step_s - busy_s[rank], used[s])
             for s, (cost, rank) in enumerate(zip(costs, schedule.placement, strict=True))
         ),
         rank_bytes=tuple(needs),
         fits=_is_enough(setting, needs),
+    )
+
+
+def _in_engine(cost: StageCost, engine_s: float) -> StageCost:
+    return replace(
+        cost,
+        forward_s=cost.forward_s + engine_s,
+        backward_s=cost.backward_s + engine_s,
+        backward_weight_s=cost.backward_weight_s + engine_s,
+        recompute_s=cost.recompute_s + engine_s,
     )
 
 

@@ -1,7 +1,7 @@
 """Side by side: pipetrain, torch.distributed.pipelining and torchgpipe on the same layers, in one run, in turns.
 
     make bench                                    all parts; tables, bench/bench.json and bench/emulated.svg
-    .venv/bin/python scripts/bench emulated       one part: balance, emulated, zero_bubble, real, memory or overhead
+    .venv/bin/python scripts/bench emulated       of balance, planned, emulated, zero_bubble, real, memory, overhead
 
 Every measurement is kept in a file of its own under bench/cells/, and one that is there is not made again: an
 interrupted run goes on where it stopped, `--again` starts over. Run it on an idle machine.
@@ -25,11 +25,13 @@ import balance
 import emulated
 import memory
 import overhead
+import planned
 import real
 import tables
 
 PARTS = {
     "balance": balance.measure,
+    "planned": planned.measure,
     "overhead": overhead.measure,
     "zero_bubble": emulated.measure_zero_bubble,
     "real": real.measure,

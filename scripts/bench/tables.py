@@ -1,5 +1,6 @@
 """The results as tables in Markdown, and a figure."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,34 @@ def show_balance(found: dict[str, Any]) -> str:
     return table(["balance", "value"], rows)
 
 
+def show_planned(found: dict[str, Any]) -> str:
+    def shown(plan: dict[str, Any]) -> str:
+        cut = ",".join(map(str, plan["balance"]))
+        return f"`{plan['schedule']}` M={plan['num_microbatches']} {plan['recompute']} [{cut}]"
+
+    rows, over, off = [], [], []
+    for r in found.values():
+        chosen, every = r["chosen"], r["plans"]
+        best = min(every, key=lambda plan: plan["measured_s"])
+        off += [plan["predicted_s"] / plan["measured_s"] for plan in every]
+        over.append(chosen["measured_s"] / best["measured_s"])
+        right = f"{chosen['predicted_s'] / chosen['measured_s']:.3f}"
+        worst = max(plan["measured_s"] for plan in every) / best["measured_s"]
+        rows.append(
+            [r["model"], r["K"], len(every), shown(chosen), right, shown(best), f"{over[-1]:.3f}", f"{worst:.2f}"]
+        )
+    header = ["model", "K", "plans", "the planner's", "predicted / measured", "fastest", "planner's / fastest"]
+    text = table([*header, "slowest / fastest"], rows)
+    within = sum(abs(ratio - 1) <= 0.05 for ratio in off) / len(off)
+    return (
+        f"{text}\nThe planner's / the fastest, worst: {max(over):.3f}. Predicted / measured of all {len(off)} plans: "
+        f"{min(off):.3f} to {max(off):.3f}, median {statistics.median(off):.3f}, within 5 % for {within:.0%}\n"
+    )
+
+
 SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "balance": show_balance,
+    "planned": show_planned,
     "emulated": show_emulated,
     "zero_bubble": show_zero_bubble,
     "real": show_real,

@@ -27,7 +27,7 @@ def profile(rows: int) -> Profile:
     layers = [LayerCost(str(i), f, 2 * f, f, f, 0.0, 10, 40, 80, 100, 0, 100, 100) for i, f in enumerate(SECONDS)]
     values = [ValueCost(i, 10, (i + 1,) if i < 3 else (), (), has_gradient=True) for i in range(4)]
     cost = ModelCost(rows, tuple(layers), tuple(values))
-    return Profile({}, {"a cpu": 1e9}, {"a cpu": 1.0}, Link(1e-5, 1e9), 1000, {rows: cost})
+    return Profile({}, {"a cpu": 1e9}, {"a cpu": 1.0}, Link(1e-5, 1e9), 0.0, 1.0, 1000, {rows: cost})
 
 
 class Measuring:
@@ -81,6 +81,11 @@ def test_sizes_that_were_measured_stay(tmp_path: Path) -> None:
         measuring.rows = rows
         settle(job_of(tmp_path, micro_batches=4 // rows), measuring, lambda text: None)
     assert measuring.calls == 2
+
+
+@pytest.fixture(autouse=True)
+def _as_many_cores_as_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipetrain.worker.num_cores", lambda: 8)
 
 
 @pytest.mark.parametrize(("balance", "ranks"), [("even", 2), ([1, 3], 2), ("auto", 1)])
@@ -177,3 +182,37 @@ def test_a_plan_predicts_also_where_nothing_is_open(tmp_path: Path) -> None:
         "stage 1 works 3.64 times as long as the others on average; its longest layer is head; balance=auto makes the "
         "slowest stage as fast as can be"
     ]
+
+
+def test_more_processes_than_cores_are_as_much_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipetrain.worker.num_cores", lambda: 2)
+    step_s = {}
+    for ranks in (2, 4):
+        for threads in (1, 2):
+            job = settle(
+                job_of(tmp_path / f"{ranks}_{threads}", ranks, threads=threads), Measuring(), lambda text: None
+            )
+            assert job.prediction is not None
+            step_s[ranks, threads] = job.prediction.step_s
+            said = [text for text in job.prediction.warnings if "CPU processes share 2 cores" in text]
+            assert len(said) == (ranks * threads > 2)
+    assert step_s[2, 2] == pytest.approx(2 * step_s[2, 1], rel=1e-3)
+    assert step_s[4, 2] == pytest.approx(2 * step_s[4, 1], rel=1e-3)
+    elsewhere = job_of(tmp_path, 4, plan={"devices": [4]})
+    prediction = settle(elsewhere, Measuring(), lambda text: None).prediction
+    assert prediction is not None
+    assert step_s[4, 1] == pytest.approx(2 * prediction.step_s, rel=1e-3)
+
+
+def test_sizes_that_no_device_has_memory_for_are_no_choice(tmp_path: Path) -> None:
+    class Measured(Measuring):
+        def __call__(self, job: Job, worker: Any, argument: str, limit_s: float) -> int:
+            super().__call__(job, worker, argument, limit_s)
+            costs = {rows: profile(rows).costs[rows] if rows == 1 else None for rows in (1, 2, 4)}
+            job.run.profile.write_text(dataclasses.replace(profile(1), costs=costs).to_json())
+            return Exit.DONE
+
+    job = settle(job_of(tmp_path, micro_batches="auto"), Measured(), lambda text: None)
+    assert job.cfg.micro_batches == 4
+    with pytest.raises(ConfigError, match="micro_batches=2 makes micro-batches of which the devices have no memory"):
+        settle(job_of(tmp_path, micro_batches=2), Measured(), lambda text: None)

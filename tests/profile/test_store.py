@@ -12,6 +12,8 @@ PROFILE = Profile(
     memory_bytes={"cpu": 1e9},
     slowness={"cpu": 1.0},
     link=Link(1e-5, 1e9),
+    engine_s=1e-4,
+    crowding=2.0,
     process_bytes=5,
     costs={
         4: ModelCost(
