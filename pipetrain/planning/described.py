@@ -9,7 +9,7 @@ from pipetrain.config import DeviceConfig
 from pipetrain.costs import Link
 from pipetrain.errors import ConfigError
 from pipetrain.models import Recipe
-from pipetrain.profile.bench import Bench, Conditions, signatures_of
+from pipetrain.profile.bench import Bench, Conditions
 from pipetrain.profile.counting import KernelTime
 from pipetrain.profile.observe import count
 from pipetrain.profile.store import Profile
@@ -18,7 +18,7 @@ from pipetrain.training.job import Job
 from pipetrain.training.optim import build_optimizer
 
 
-def described_profile(job: Job, recipe: Recipe, rows: Sequence[int]) -> Profile:
+def described_profile(job: Job, recipe: Recipe, signatures: Sequence[str], rows: Sequence[int]) -> Profile:
     """Runs the layers on tensors without memory: a model of any size can be looked at on a laptop.
 
     Raises:
@@ -32,7 +32,7 @@ def described_profile(job: Job, recipe: Recipe, rows: Sequence[int]) -> Profile:
         count, make_optimizer=partial(build_optimizer, cfg.optimizer), time_of=kernel_time(device, cfg.precision)
     )
     conditions = Conditions(torch.device("meta"), cfg.seed, None, None, observe, at.append)
-    bench, costs = Bench(recipe, signatures_of(recipe), conditions), {}
+    bench, costs = Bench(recipe, signatures, conditions), {}
     for number in rows:
         # A batch of the data may have fewer samples than are planned for: only shapes count here.
         some = [

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from pipetrain.config import Config
 from pipetrain.costs import Link, ModelCost
 from pipetrain.engine.connect import connect
 from pipetrain.engine.message import Wire
@@ -101,25 +99,8 @@ def _costs_that_fit(
     job: Job, rows: Sequence[int], device: torch.device, announce: Callable[[str], object]
 ) -> dict[int, ModelCost]:
     """Of the sizes up to the first one for which this device has no memory."""
-    costs: dict[int, ModelCost] = {}
-    is_full = False
-    for number in rows:
-        dist.barrier()
-        try:
-            if not is_full:
-                costs[number] = model_cost(job, number, device, announce)
-        except (MemoryError, torch.OutOfMemoryError):
-            if not costs:
-                raise
-            is_full = True
-    return costs
-
-
-def model_cost(job: Job, rows: int, device: torch.device, announce: Callable[[str], object]) -> ModelCost:
-    """Measures all layers on micro-batches of `rows` samples of the training data."""
-    cfg = job.cfg
+    cfg, costs, is_full = job.cfg, dict[int, ModelCost](), False
     recipe = build_recipe(cfg, job.data)
-    inputs, targets = some_batch(cfg, job, rows)
     conditions = Conditions(
         device=device,
         seed=cfg.seed,
@@ -129,13 +110,18 @@ def model_cost(job: Job, rows: int, device: torch.device, announce: Callable[[st
         announce=announce,
     )
     bench = Bench(recipe, signatures_of(recipe), conditions)
-    return bench.run((to_device(inputs, cfg, device),), (to_device(targets, cfg, device),))
-
-
-def some_batch(cfg: Config, job: Job, rows: int) -> tuple[Tensor, Tensor]:
-    """The first rows of the training data."""
-    inputs, targets = open_data(cfg, job.data, "train").batch(0)
-    return inputs[:rows], targets[:rows]
+    batch = open_data(cfg, job.data, "train").batch(0)
+    for number in rows:
+        dist.barrier()
+        inputs, targets = (to_device(tensor[:number], cfg, device) for tensor in batch)
+        try:
+            if not is_full:
+                costs[number] = bench.run((inputs,), (targets,))
+        except (MemoryError, torch.OutOfMemoryError):
+            if not costs:
+                raise
+            is_full = True
+    return costs
 
 
 def measure_link(transport: Transport, device: torch.device) -> Link:

@@ -13,7 +13,6 @@ from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.models import Recipe
 from pipetrain.paths import RunPaths
 from pipetrain.planning.measuring import cpu_name, run_measuring_worker
-from pipetrain.profile.bench import signatures_of
 from pipetrain.profile.signature import shown
 from pipetrain.profile.store import Profile, hashed, load, save
 from pipetrain.training.data import open_data
@@ -116,14 +115,14 @@ def measure_here(job: Job, rows: Sequence[int], run_job: RunJob, say: Say) -> Pr
         return Profile.from_json(run.profile.read_text())
 
 
-def about_of(job: Job, recipe: Recipe) -> dict[str, str]:
+def about_of(job: Job, recipe: Recipe, signatures: Sequence[str]) -> dict[str, str]:
     """Everything that the costs depend on."""
     cfg = job.cfg
     inputs, targets = open_data(cfg, job.data, "train").batch(0)
     takes = [str(recipe.taken_by(place)) for place in range(len(recipe.layers))]
     wanted = [f"{tensor.dtype}{tuple(tensor.shape[1:])}" for tensor in (inputs, targets)]
     return {
-        "layers": hashed([*signatures_of(recipe), *takes, shown(recipe.loss_sum)]),
+        "layers": hashed([*signatures, *takes, shown(recipe.loss_sum)]),
         "samples": ", ".join(wanted),
         "devices": ", ".join(sorted(set(map(_device_name, job.devices)))),
         "training": f"{cfg.precision} {shown(dataclasses.asdict(cfg.optimizer))} ema={cfg.ema}",

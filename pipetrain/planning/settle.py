@@ -16,6 +16,7 @@ from pipetrain.planning.described import described_profile
 from pipetrain.planning.measuring import measure_together
 from pipetrain.planning.profiles import RunJob, Say, about_of, keep, kept, measure_here
 from pipetrain.planning.warnings import warnings_of
+from pipetrain.profile.bench import signatures_of
 from pipetrain.profile.store import Profile
 from pipetrain.schedule import ALWAYS, SELECTIVE
 from pipetrain.sim.accounts import account
@@ -38,10 +39,11 @@ def settle(job: Job, run_job: RunJob, say: Say) -> Job:
     if not _is_open(job):
         return job
     recipe = build_recipe(job.cfg, job.data)
-    about, rows = about_of(job, recipe), _rows(job, recipe)
+    signatures, rows = signatures_of(recipe), _rows(job, recipe)
+    about = about_of(job, recipe, signatures)
     device = job.cfg.plan.device
     if device is not None:
-        profile = described_profile(job, recipe, rows)
+        profile = described_profile(job, recipe, signatures, rows)
         profile = dataclasses.replace(profile, about={**about, "devices": f"{device.name}, described"})
     else:
         profile = kept(job, about, rows) or keep(job, measure_here(job, rows, run_job, say), about)
@@ -57,7 +59,7 @@ def settle_together(job: Job, device: torch.device) -> Job:
     if not _is_open(job):
         return job
     recipe = build_recipe(job.cfg, job.data)
-    about, rows = about_of(job, recipe), _rows(job, recipe)
+    about, rows = about_of(job, recipe, signatures_of(recipe)), _rows(job, recipe)
     profile = _of_the_first_rank(lambda: kept(job, about, rows))
     if profile is None:
         measured = measure_together(job, rows, device)

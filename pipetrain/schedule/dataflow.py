@@ -6,6 +6,7 @@ in descending layer order: the last user's stage sends its share to the stage of
 and so on down to the stage that made the value. So the sum does not depend on where the model is cut.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -45,11 +46,16 @@ class Dataflow:
 
         An `element` of None stands for whatever nobody takes by its place or key.
         """
-        return [
-            user
-            for user, takes in enumerate(self.takes)
-            if any(take.layer == layer and take.element in (None, element) for take in takes)
-        ]
+        return sorted({user for user, taken in self._takers.get(layer, ()) if taken in (None, element)})
+
+    @functools.cached_property
+    def _takers(self) -> dict[int, list[tuple[int, int | str | None]]]:
+        """For each layer, who takes which element of it."""
+        found: dict[int, list[tuple[int, int | str | None]]] = {}
+        for user, takes in enumerate(self.takes):
+            for take in takes:
+                found.setdefault(take.layer, []).append((user, take.element))
+        return found
 
     def holders(self, layer: int, element: int | str | None) -> list[int]:
         """The stages that ever hold such a value, ascending: its home, then those of its users."""

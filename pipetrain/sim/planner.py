@@ -16,7 +16,9 @@ from pipetrain.sim.nowhere import does_not_fit
 
 # How many of the estimates are simulated, and how many actions all of these may have together at most.
 _MOST_SIMULATED, _MOST_ACTIONS = 24, 1_000_000
-_MOST_CLIMBED = 300_000  # actions of all neighbours of a balance together, where it is improved by simulating them
+# Where balances are improved by simulating their neighbours: actions of all of these together, and how far from the
+# best plan one may be from which that starts.
+_MOST_CLIMBED, _IN_REACH = 600_000, 1.2
 
 
 def plans(setting: Setting, choices: Sequence[Choice]) -> list[Forecast]:
@@ -36,7 +38,7 @@ def plans(setting: Setting, choices: Sequence[Choice]) -> list[Forecast]:
             if found and actions > _MOST_ACTIONS:
                 break
             found.append(forecast(setting, draft.choice, draft.balance))
-        found = [_improved(setting, each) for each in found]
+        found = _all_improved(setting, found)
     if not any(each.fits for each in found):
         raise does_not_fit(setting, choices, sum(found[0].balance))
     return sorted(found, key=lambda each: (*_order(each), max(each.rank_bytes)))
@@ -55,28 +57,51 @@ def _promising(ordered: Sequence[Draft]) -> list[Draft]:
     return [*first, *others[:_MOST_SIMULATED]]
 
 
-def _improved(setting: Setting, given: Forecast) -> Forecast:
-    """Where a rank has several stages, the slowest stage is not what counts: layers change stages, one at a time, from
-    the best balance of single stages or from the even one on, for as long as steps become shorter."""
-    choice = given.choice
-    actions = 4 * choice.num_microbatches * len(given.balance) ** 3
-    if choice.balance != AUTO or choice.stages_per_rank == 1 or actions > _MOST_CLIMBED:
-        return given
-    as_even = forecast(setting, choice, even(sum(given.balance), len(given.balance)))
-    best = min(given, as_even, key=_order)
-    while True:
-        around = [forecast(setting, choice, balance) for balance in _neighbours(best.balance)]
-        nearest = min(around, key=_order, default=best)
-        if _order(nearest) >= _order(best):
-            return best
-        best = nearest
+def _all_improved(setting: Setting, found: Sequence[Forecast]) -> list[Forecast]:
+    """Where a rank has several stages, the slowest stage is not what counts: layers change stages for as long as steps
+    become shorter. The most promising plans come first, for as long as that may take."""
+    ordered = sorted(found, key=_order)
+    best, left, improved = ordered[0], _MOST_CLIMBED, list[Forecast]()
+    for each in ordered:
+        choice = each.choice
+        is_in_reach = not best.fits or each.step_s <= _IN_REACH * best.step_s
+        if choice.balance == AUTO and choice.stages_per_rank > 1 and is_in_reach:
+            each, left = _improved(setting, each, left)
+        improved.append(each)
+    return improved
+
+
+def _improved(setting: Setting, given: Forecast, left: int) -> tuple[Forecast, int]:
+    """From the best balance of single stages or from the even one on.
+
+    Args:
+        left: the actions that may be simulated for it.
+
+    Returns:
+        The best balance that was found, and the actions that are left.
+    """
+    num_layers, num_stages = sum(given.balance), len(given.balance)
+    actions = 4 * given.choice.num_microbatches * num_stages
+    best = min(given, forecast(setting, given.choice, even(num_layers, num_stages)), key=_order)
+    size = max(1, num_layers // num_stages // 4)
+    while size:
+        around = _neighbours(best.balance, size)
+        left -= actions * len(around)
+        if left < 0:
+            break
+        nearest = min((forecast(setting, given.choice, balance) for balance in around), key=_order, default=best)
+        if _order(nearest) < _order(best):
+            best = nearest
+        else:
+            size //= 2
+    return best, left
 
 
 def _order(each: Forecast) -> tuple[bool, float]:
     return not each.fits, each.step_s if each.fits else max(each.rank_bytes)
 
 
-def _neighbours(balance: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """With one layer less on one stage and one more on another."""
-    moves = [(a, b) for a, b in permutations(range(len(balance)), 2) if balance[a] > 1]
-    return [tuple(n - (s == a) + (s == b) for s, n in enumerate(balance)) for a, b in moves]
+def _neighbours(balance: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    """With so many layers less on one stage and more on another."""
+    moves = [(a, b) for a, b in permutations(range(len(balance)), 2) if balance[a] > size]
+    return [tuple(n + size * ((s == b) - (s == a)) for s, n in enumerate(balance)) for a, b in moves]

@@ -275,6 +275,7 @@ class Trainer:
             values["data/skipped"] = self.job.data.skipped
         if self.job.prediction is not None:
             values["predicted/step_s"] = self.job.prediction.step_s
+            values["predicted/bubble"] = self.job.prediction.bubble_fraction
         self.metrics.log(self.step, values | pipeline_values(report.stages, self.schedule, step_s))
         self._write_status("running", None)
 

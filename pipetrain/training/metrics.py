@@ -19,7 +19,7 @@ from pipetrain.training.console import Console
 # What TensorBoard's "Custom Scalars" tab shows in common charts.
 _LAYOUT = {
     "Pipeline": {
-        "bubble": ["Multiline", ["pipeline/bubble_measured", "pipeline/bubble_predicted"]],
+        "bubble": ["Multiline", ["pipeline/bubble_measured", "pipeline/bubble_predicted", "predicted/bubble"]],
         "where a step goes": ["Multiline", [r"time/.*_s"]],
         "step": ["Multiline", ["speed/step_s", "predicted/step_s"]],
         "waiting by stage": ["Multiline", [r"stage_\d+/wait_s"]],

@@ -12,6 +12,7 @@ from pipetrain.sim.simulate import simulate
 
 _WIDEST_GRID = 110
 _MOST_ROWS = 32  # stages in a table
+_LONGEST_LIST = 16  # stages of another plan
 _MOST_SHOWN = 4  # of the plans behind the best one
 
 
@@ -131,7 +132,10 @@ def _compared(plan: Weighed, best: Weighed) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    shown = [*value[:3], "...", value[-1]] if len(value) > _LONGEST_LIST else value
+    return f"[{','.join(map(str, shown))}]"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Side by side: pipetrain, torch.distributed.pipelining and torchgpipe on the same layers, in one run, in turns.
 
     make bench                                    all parts; tables, bench/bench.json and bench/emulated.svg
-    .venv/bin/python scripts/bench emulated       of balance, planned, emulated, zero_bubble, real, memory, overhead
+    .venv/bin/python scripts/bench emulated       one part; --help lists them
 
 Every measurement is kept in a file of its own under bench/cells/, and one that is there is not made again: an
 interrupted run goes on where it stopped, `--again` starts over. Run it on an idle machine.
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import balance
 import emulated
+import gain
 import memory
 import overhead
 import planned
@@ -32,6 +33,7 @@ import tables
 PARTS = {
     "balance": balance.measure,
     "planned": planned.measure,
+    "gain": gain.measure,
     "overhead": overhead.measure,
     "zero_bubble": emulated.measure_zero_bubble,
     "real": real.measure,

@@ -93,6 +93,16 @@ def show_balance(found: dict[str, Any]) -> str:
     return table(["balance", "value"], rows)
 
 
+def show_gain(found: dict[str, Any]) -> str:
+    rows = []
+    for model, r in found.items():
+        cuts = [f"[{','.join(map(str, r['balances'][name]))}]" for name in ("even", "auto")]
+        right = [f"{r['predicted / measured'][name]:.3f}" for name in ("even", "auto")]
+        rows.append([model, *cuts, f"{r['predicted']:.3f}", f"{r['measured']:.3f}", ", ".join(right)])
+    header = ["two cores", "even", "auto", "even / auto, predicted", "measured", "steps predicted / measured"]
+    return table(header, rows)
+
+
 def show_planned(found: dict[str, Any]) -> str:
     def shown(plan: dict[str, Any]) -> str:
         cut = ",".join(map(str, plan["balance"]))
@@ -121,6 +131,7 @@ def show_planned(found: dict[str, Any]) -> str:
 SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "balance": show_balance,
     "planned": show_planned,
+    "gain": show_gain,
     "emulated": show_emulated,
     "zero_bubble": show_zero_bubble,
     "real": show_real,

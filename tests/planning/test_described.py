@@ -17,6 +17,7 @@ from pipetrain.models import LayerRecipe, Recipe
 from pipetrain.paths import RunPaths
 from pipetrain.planning.described import described_profile, kernel_time
 from pipetrain.preview import preview
+from pipetrain.profile.bench import signatures_of
 from pipetrain.training.build import build_recipe
 from pipetrain.training.job import Job
 
@@ -47,7 +48,7 @@ def test_a_product_of_matrices_costs_what_it_computes(tmp_path: Path) -> None:
         lambda output, targets: output.sum(),
         lambda targets: targets[0].numel(),
     )
-    layer = described_profile(job, recipe, [4]).costs[4].layers[1]
+    layer = described_profile(job, recipe, signatures_of(recipe), [4]).costs[4].layers[1]
     once_s = 2 * (4 * 8) * 16 * 16 / 0.5e12
     assert layer.forward_s == pytest.approx(once_s, rel=1e-3)
     assert layer.backward_s == pytest.approx(2 * once_s, rel=1e-3)
@@ -60,7 +61,7 @@ def test_no_layer_gets_memory(tmp_path: Path) -> None:
     job = job_of(tmp_path)
     model = TransformerConfig(layers=2, d_model=65536, heads=2, d_ff=4 * 65536)
     recipe = build_recipe(dataclasses.replace(job.cfg, model=model), job.data)
-    cost = described_profile(job, recipe, [1]).costs[1]
+    cost = described_profile(job, recipe, signatures_of(recipe), [1]).costs[1]
     assert sum(layer.parameter_bytes for layer in cost.layers) > 2**38
 
 
@@ -76,7 +77,7 @@ def test_a_layer_that_looks_at_values_is_named(tmp_path: Path) -> None:
         lambda targets: targets[0].numel(),
     )
     with pytest.raises(ConfigError, match=r"layer looks cannot be planned for plan\.device=X, since it cannot run"):
-        described_profile(job_of(tmp_path), recipe, [2])
+        described_profile(job_of(tmp_path), recipe, signatures_of(recipe), [2])
 
 
 def test_a_plan_for_each_number_of_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

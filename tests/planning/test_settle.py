@@ -189,9 +189,9 @@ def test_more_processes_than_cores_are_as_much_slower(tmp_path: Path, monkeypatc
     step_s = {}
     for ranks in (2, 4):
         for threads in (1, 2):
-            job = settle(
-                job_of(tmp_path / f"{ranks}_{threads}", ranks, threads=threads), Measuring(), lambda text: None
-            )
+            folder = tmp_path / f"{ranks}_{threads}"
+            folder.mkdir()
+            job = settle(job_of(folder, ranks, threads=threads), Measuring(), lambda text: None)
             assert job.prediction is not None
             step_s[ranks, threads] = job.prediction.step_s
             said = [text for text in job.prediction.warnings if "CPU processes share 2 cores" in text]

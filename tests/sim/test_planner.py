@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -166,3 +167,15 @@ def test_where_nothing_fits_it_says_what_would(num_ranks: int) -> None:
 def test_a_layer_that_is_too_large_by_itself_is_not_helped_by_devices() -> None:
     with pytest.raises(FitsNowhere, match=r"more devices would not: layer layer\d alone needs \S+ KiB$"):
         plans(setting([1.0] * 6, 2, 1_500), CHOICES)
+
+
+def test_what_the_engine_takes_is_time_in_which_nothing_is_computed() -> None:
+    """Equal stages, 1F1B: a forward and a backward for each of M + K - 1 turns."""
+    given = setting([1.0] * 4, 2)
+    choice = Choice("1f1b", 1, 8, "never")
+    without, found = (forecast(each, choice, (2, 2)) for each in (given, replace(given, engine_s=0.01)))
+    assert found.step_s == pytest.approx(without.step_s + 2 * (8 + 2 - 1) * 0.01)
+    for before, after in zip(without.stages, found.stages, strict=True):
+        assert after.cost == before.cost
+        assert after.idle_s - before.idle_s == pytest.approx(found.step_s - without.step_s)
+    assert found.bubble_fraction == pytest.approx(sum(stage.idle_s for stage in found.stages) / 2 / found.step_s)
