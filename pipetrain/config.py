@@ -14,7 +14,8 @@ from typing import Any
 from pipetrain.schedule import POLICIES, SCHEDULES, is_file, read_file
 
 MAX_DEFAULT_MICRO_BATCHES = 16
-AUTO = "auto"  # the planner chooses
+AUTO = "auto"
+PLANNED = ("schedule", "micro_batches", "recompute", "partitions", "balance")  # what AUTO leaves to the planner
 BALANCES = (AUTO, "even", "least_variance")  # the rules; the others are lists
 MIN_DEFAULT_SAMPLES = 4  # in a micro-batch of a model with BatchNorm, which normalises each by itself
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
-from pipetrain.config import AUTO, Config, is_number, least_samples, num_microbatches, num_stages
+from pipetrain.config import AUTO, PLANNED, Config, is_number, least_samples, num_microbatches, num_stages
 from pipetrain.errors import ConfigError
 from pipetrain.schedule import ALWAYS, EXCEPT_LAST, NEVER, SCHEDULES, is_file
 from pipetrain.sim.forecast import LEAST_VARIANCE, Choice
@@ -19,11 +19,13 @@ _FEWEST, _MOST = 0.5, 16
 
 def left_open(cfg: Config, num_ranks: int) -> tuple[str, ...]:
     """The settings that the planner is to choose, by their keys."""
-    found = [key for key in ("schedule", "micro_batches", "recompute", "partitions") if getattr(cfg, key) == AUTO]
-    if is_file(cfg.schedule):
-        found = [key for key in found if key == "recompute"]  # the file decides about the others
-    if cfg.balance in (AUTO, LEAST_VARIANCE) and (found or num_stages(cfg, num_ranks) > 1):
-        found.append("balance")
+    found = [
+        key for key in PLANNED if getattr(cfg, key) == AUTO or (key == "balance" and cfg.balance == LEAST_VARIANCE)
+    ]
+    if is_file(cfg.schedule):  # which decides about the others
+        found = [key for key in found if key in ("recompute", "balance")]
+    if found == ["balance"] and num_stages(cfg, num_ranks) == 1:
+        return ()
     return tuple(found)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipetrain.config import (
     AUTO,
+    PLANNED,
     AmoebaNetConfig,
     Config,
     ImagesConfig,
@@ -192,9 +193,8 @@ def changes(cfg: Config, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     before, now = flat(saved), flat(dataclasses.asdict(cfg))
     ignored = {"data.path", "data.cache_dir", "data.workers", "resume", "name", "action", "check.steps"}
     keys = [key for key in {**before, **now} if key not in ignored]
-    return [
-        (key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key) and now.get(key) != AUTO
-    ]
+    keys = [key for key in keys if before.get(key) != now.get(key) and not (key in PLANNED and now[key] == AUTO)]
+    return [(key, before.get(key), now.get(key)) for key in keys]
 
 
 __all__ = ["changes", "check", "check_model", "check_recomputed_layers", "check_resume"]

@@ -148,10 +148,10 @@ def test_forecasts_add_up() -> None:
     assert found.bubble_fraction == pytest.approx(sum(s.idle_s for s in found.stages) / 2 / found.step_s)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_where_nothing_fits_it_says_what_would(num_ranks: int) -> None:
+@pytest.mark.parametrize(("num_ranks", "memory_bytes"), [(1, 11_000), (2, 8_000)])
+def test_where_nothing_fits_it_says_what_would(num_ranks: int, memory_bytes: int) -> None:
     """What it says is enough, and a little less is not."""
-    seconds, memory_bytes = [1.0] * 6, 8_000
+    seconds = [1.0] * 6
     with pytest.raises(FitsNowhere, match="no plan fits: the leanest one, schedule=") as caught:
         plans(setting(seconds, num_ranks, memory_bytes), CHOICES)
     named = re.search(r"Devices with (\S+) KiB each would be enough; or (\d) such devices", str(caught.value))

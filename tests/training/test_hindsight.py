@@ -77,12 +77,12 @@ def test_a_few_steps_say_nothing() -> None:
 
 
 def test_recomputes_count_once_each() -> None:
-    """Under 1F1B the last stage turns round every micro-batch, and with except_last recomputes none."""
-    plan = build("1f1b", 2, 4, recompute=["except_last", "except_last"])
-    stages = [dataclasses.replace(measured(), recompute_s=seconds) for seconds in (0.4, 0.0)]
+    """Where the last micro-batch goes back first, except_last recomputes three of four, on the last stage."""
+    plan = build("gpipe_lifo", 2, 4, recompute=["always", "except_last"])
+    stages = [dataclasses.replace(measured(), recompute_s=seconds) for seconds in (0.4, 0.6)]
     first, last = measured_costs(stages, plan)
     assert first.recompute_s == pytest.approx(0.1)
-    assert last.recompute_s == 0.0
+    assert last.recompute_s == pytest.approx(0.2)
     values = pipeline_values(stages, plan, 2.0)
-    assert values["time/recompute_s"] == pytest.approx(0.2)
+    assert values["time/recompute_s"] == pytest.approx(0.5)
     assert sum(value for name, value in values.items() if name.startswith("time/")) == pytest.approx(2.0)

@@ -17,6 +17,7 @@ def prediction(*plans: Weighed, chosen: tuple[str, ...] = ("schedule", "micro_ba
 def test_the_best_with_each_other_value_is_compared() -> None:
     said = prediction(
         weighed(1.0),
+        weighed(1.05, balance=[2, 2]),
         weighed(1.1, micro_batches=16),
         weighed(1.2, schedule="gpipe", micro_batches=16),
         weighed(1.3, schedule="gpipe"),
