@@ -64,14 +64,14 @@ def settings(values: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Sett
     Where several choices have a key, what it means is what it means to the one that is chosen in `values`.
     """
     found: dict[str, Setting] = {}
-    for setting in _fields_of(Config, ""):
+    for setting in fields_of(Config, ""):
         if not dataclasses.is_dataclass(setting.type):
             found[setting.key] = setting
             continue
-        found.update({inner.key: inner for inner in _fields_of(setting.type, f"{setting.key}.")})
+        found.update({inner.key: inner for inner in fields_of(setting.type, f"{setting.key}.")})
         chosen = values.get(f"{setting.key}.name")
         for choice, schema in sorted(SCHEMAS.get(setting.key, {}).items(), key=lambda item: item[0] == chosen):
-            for inner in _fields_of(schema, f"{setting.key}."):
+            for inner in fields_of(schema, f"{setting.key}."):
                 if inner.key not in found or found[inner.key].owners:
                     before = found[inner.key].owners if inner.key in found else ()
                     owners = (*before, f"{setting.key}={choice}")
@@ -79,7 +79,8 @@ def settings(values: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Sett
     return found
 
 
-def _fields_of(schema: Any, prefix: str) -> Iterable[Setting]:
+def fields_of(schema: Any, prefix: str) -> Iterable[Setting]:
+    """The keys of one dataclass."""
     types_of = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         default = field.default

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipetrain.help import GROUPS, KEYS, choices, settings
+from pipetrain.config import DeviceConfig
+from pipetrain.help import GROUPS, KEYS, Setting, choices, fields_of, settings
 from pipetrain.suggest import did_you_mean, one_of
 
 
@@ -45,6 +46,8 @@ def _explain_value(message: str, error: BaseException, overrides: Sequence[str])
     key = re.sub(r"\[\d+\]$", "", _found(r"full_key: (\S+)", both))
     if key and re.search(r"^Key '.*' (is )?not in ", both, re.MULTILINE):
         return unknown_key(key) + in_file
+    if key and "missing mandatory value" in both:
+        return _missing(key) + in_file
     if key and re.search(r"could not be converted|not a valid bool|assigned|not Optional", both):
         words = [word.partition("=")[2] for word in overrides if key_of(word) == key]
         given = _found(r"Value '(.*?)' (?:of type|is not)", both)
@@ -65,7 +68,7 @@ def _found(pattern: str, text: str) -> str:
 
 def unknown_key(key: str) -> str:
     """What is said about a key that no setting has, or that belongs to another choice of its group."""
-    known = settings()
+    known = settings() | _of_a_device()
     if key in known and known[key].owners:
         return f"'{key}' is a setting of {' and '.join(known[key].owners)}, which is not what this command uses"
     meant = did_you_mean(key, [*known, *GROUPS])
@@ -78,9 +81,22 @@ def unknown_choice(group: str, given: str, folders: Sequence[Path]) -> str:
     return f"{KEYS.get(group, group)}={given}: no such {group}. {one_of(given, names)}" if names else ""
 
 
+def _of_a_device() -> dict[str, Setting]:
+    """The keys of a description in conf/device; without one there are none."""
+    return {setting.key: setting for setting in fields_of(DeviceConfig, "plan.device.")}
+
+
+def _missing(key: str) -> str:
+    described = _of_a_device()
+    if key not in described:
+        return f"{key} has no value"
+    every = ", ".join(other.rpartition(".")[2] for other in described)
+    return f"{key} is missing ({described[key].help}); the description of a device needs all of {every}"
+
+
 def wrong_value(key: str, given: str) -> str:
     """What is said about a value of the wrong type."""
-    setting = settings().get(key)
+    setting = (settings() | _of_a_device()).get(key)
     if setting is None:
         inner = next((name for name in settings() if name.startswith(f"{key}.")), "those of pipetrain --help")
         return f"{key}={given} cannot be: {key} holds several settings, such as {inner}"

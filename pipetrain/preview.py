@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,22 +46,24 @@ def preview(cfg: Config, root: Path) -> int:
 
 def _preview_counts(cfg: Config, run: RunPaths, counts: list[int]) -> int:
     """A plan for each number of devices, or why there is none."""
-    plans, problem = {}, None
+    plans, problem, is_planned = dict[int, Any](), None, False
     for count in counts:
         _say(f"\n{count} devices" if count > 1 else "\n1 device")
         try:
             plan, _ = _planned(cfg, run, count)
         except ConfigError as error:
-            problem = error
-            _say(f"no plan: {error}")
+            if len(counts) == 1:
+                raise
+            problem, plans[count] = error, {"problem": str(error)}
+            _say(str(error))
             continue
-        plans[count] = plan
+        is_planned, plans[count] = True, json.loads(plan.to_json())
         for line in (*plan.table(), *plan.memory_table()):
             _say(line)
-    if problem is not None and not plans:
+    if problem is not None and not is_planned:
         raise problem
     run.root.mkdir(parents=True, exist_ok=True)
-    run.plan.write_text(json.dumps({count: json.loads(plan.to_json()) for count, plan in plans.items()}, indent=2))
+    run.plan.write_text(json.dumps(plans, indent=2))
     _say(f"\nthe plans: {run.plan}")
     return Exit.DONE
 

@@ -605,3 +605,30 @@ def test_wheel_holds_every_file_of_conf(tmp_path: Path) -> None:
         entry_points = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "pipetrain = pipetrain.cli:main" in archive.read(entry_points).decode()
     assert names == {f"pipetrain/conf/{path.relative_to(CONF)}" for path in CONF.rglob("*.yaml")}
+
+
+_DEVICE = "defaults: [/schema/device/device@_here_, _self_]\nname: X\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("memory_gib: 3\n", "plan.device.fp32_tflops is missing (multiplications and additions of matrices a second"),
+        ("memory_gib: lots\n", "plan.device.memory_gib=lots must be a number (in device/x.yaml)"),
+        ("memory_gb: 3\n", "unknown key 'plan.device.memory_gb'. Did you mean 'plan.device.memory_gib'?"),
+    ],
+)
+def test_a_device_that_is_badly_described_is_named(
+    text: str,
+    said: str,
+    launch: Launch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "mine" / "device").mkdir(parents=True)
+    (tmp_path / "mine" / "device" / "x.yaml").write_text(_DEVICE + text)
+    monkeypatch.setenv("PIPETRAIN_CONF", str(tmp_path / "mine"))
+    assert cli.main(["plan.device=x"]) == Exit.BAD_SETTINGS
+    assert said in capsys.readouterr().err
+    assert not launch.calls

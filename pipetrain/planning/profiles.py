@@ -12,6 +12,7 @@ import pipetrain
 from pipetrain.errors import ConfigError, Exit, PipetrainError
 from pipetrain.models import Recipe
 from pipetrain.paths import RunPaths
+from pipetrain.planning.choices import left_open
 from pipetrain.planning.measuring import cpu_name, run_measuring_worker
 from pipetrain.profile.signature import shown
 from pipetrain.profile.store import Profile, hashed, load, save
@@ -27,6 +28,7 @@ _PARTS = {
     "samples": "other data",
     "devices": "another device",
     "training": "another precision or optimizer",
+    "processes": "another number of processes",
     "threads": "other threads",
     "versions": "other versions",
 }
@@ -67,10 +69,10 @@ def _given(path: str, about: Mapping[str, str], rows: Sequence[int]) -> Profile:
         ) from error
     for part, what in _PARTS.items():
         if profile.about.get(part) != about[part]:
-            raise ConfigError(
-                f"plan.profile={path} is of {what}: its {part} are {profile.about.get(part)}, here they are "
-                f"{about[part]}; leave it out to measure"
+            both = (
+                "" if part == "layers" else f": its {part} are {profile.about.get(part)}, here they are {about[part]}"
             )
+            raise ConfigError(f"plan.profile={path} is of {what}{both}; leave it out to measure")
     if missing := sorted(set(rows) - set(profile.costs)):
         raise ConfigError(
             f"plan.profile={path} has micro-batches of {_listed(sorted(profile.costs))} samples, but here they may "
@@ -95,28 +97,40 @@ def keep(job: Job, profile: Profile, about: Mapping[str, str]) -> Profile:
 
 def measure_here(job: Job, rows: Sequence[int], run_job: RunJob, say: Say) -> Profile:
     """By worker processes, in a folder that is gone afterwards."""
-    # Equal CPU processes: two tell all, and a message between them.
-    devices = job.devices[:2] if job.devices[0] == "cpu" else tuple(dict.fromkeys(job.devices))
-    say("measuring the layers, once for these sizes on this machine (balance=even does without)")
-    limit_s = job.cfg.plan.timeout_s
+    without = " (balance=even does without)" if _can_do_without(job) else ""
+    say(f"measuring the layers, once for these sizes on this machine{without}")
+    devices, limit_s = measuring_devices(job), job.cfg.plan.timeout_s
     with tempfile.TemporaryDirectory(prefix="pipetrain-") as folder:
         run = RunPaths(Path(folder))
         asked = dataclasses.replace(job, devices=devices, run=run)
         try:
             code = run_job(asked, run_measuring_worker, json.dumps([asked.to_json(), list(rows)]), limit_s)
         except TimeoutError:
-            layer = run.measuring.read_text() if run.measuring.exists() else "the first one"
+            where = f"at layer {run.measuring.read_text()}" if run.measuring.exists() else "before the first one"
             raise ConfigError(
-                f"measuring the layers was not done after plan.timeout_s={limit_s:g} seconds, at layer {layer}; "
-                "give it more, or use balance=even"
+                f"measuring the layers was not done after plan.timeout_s={limit_s:g} seconds, {where}; give it more"
+                + (", or use balance=even" if _can_do_without(job) else "")
             ) from None
         if code != Exit.DONE:
             raise MeasuringFailed(code)
         return Profile.from_json(run.profile.read_text())
 
 
-def about_of(job: Job, recipe: Recipe, signatures: Sequence[str]) -> dict[str, str]:
-    """Everything that the costs depend on."""
+def measuring_devices(job: Job) -> tuple[str, ...]:
+    """One device for each process that measures. Of equal CPU processes two tell all, and a message between them."""
+    return job.devices[:2] if job.devices[0] == "cpu" else tuple(dict.fromkeys(job.devices))
+
+
+def _can_do_without(job: Job) -> bool:
+    return job.cfg.action != "plan" and left_open(job.cfg, len(job.devices)) == ("balance",)
+
+
+def about_of(job: Job, recipe: Recipe, signatures: Sequence[str], processes: int) -> dict[str, str]:
+    """Everything that the costs depend on.
+
+    Args:
+        processes: that measure.
+    """
     cfg = job.cfg
     inputs, targets = open_data(cfg, job.data, "train").batch(0)
     takes = [str(recipe.taken_by(place)) for place in range(len(recipe.layers))]
@@ -126,6 +140,7 @@ def about_of(job: Job, recipe: Recipe, signatures: Sequence[str]) -> dict[str, s
         "samples": ", ".join(wanted),
         "devices": ", ".join(sorted(set(map(_device_name, job.devices)))),
         "training": f"{cfg.precision} {shown(dataclasses.asdict(cfg.optimizer))} ema={cfg.ema}",
+        "processes": str(processes),
         "threads": str(cfg.threads),
         "versions": f"torch {torch.__version__}, pipetrain {pipetrain.__version__}",
     }

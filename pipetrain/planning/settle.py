@@ -7,14 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipetrain.config import TextConfig, num_microbatches
+from pipetrain.config import AUTO, TextConfig, num_microbatches
 from pipetrain.costs import Device
 from pipetrain.errors import ConfigError
 from pipetrain.models import Recipe
 from pipetrain.planning.choices import choices, left_open
 from pipetrain.planning.described import described_profile
 from pipetrain.planning.measuring import measure_together
-from pipetrain.planning.profiles import RunJob, Say, about_of, keep, kept, measure_here
+from pipetrain.planning.profiles import RunJob, Say, about_of, keep, kept, measure_here, measuring_devices
 from pipetrain.planning.warnings import warnings_of
 from pipetrain.profile.bench import signatures_of
 from pipetrain.profile.store import Profile
@@ -28,6 +28,8 @@ from pipetrain.training.job import Job
 from pipetrain.training.plan import Prediction, StagePrediction, Weighed
 from pipetrain.worker import crowding, num_cores
 
+_WORTH_SAYING = 1.02  # times as long
+
 
 def settle(job: Job, run_job: RunJob, say: Say) -> Job:
     """The job with nothing left open, and with a prediction where something was.
@@ -40,7 +42,7 @@ def settle(job: Job, run_job: RunJob, say: Say) -> Job:
         return job
     recipe = build_recipe(job.cfg, job.data)
     signatures, rows = signatures_of(recipe), _rows(job, recipe)
-    about = about_of(job, recipe, signatures)
+    about = about_of(job, recipe, signatures, len(measuring_devices(job)))
     device = job.cfg.plan.device
     if device is not None:
         profile = described_profile(job, recipe, signatures, rows)
@@ -59,7 +61,7 @@ def settle_together(job: Job, device: torch.device) -> Job:
     if not _is_open(job):
         return job
     recipe = build_recipe(job.cfg, job.data)
-    about, rows = about_of(job, recipe, signatures_of(recipe)), _rows(job, recipe)
+    about, rows = about_of(job, recipe, signatures_of(recipe), len(job.devices)), _rows(job, recipe)
     profile = _of_the_first_rank(lambda: kept(job, about, rows))
     if profile is None:
         measured = measure_together(job, rows, device)
@@ -169,6 +171,17 @@ def _tokens(job: Job) -> int:
     return job.cfg.batch_size * job.cfg.data.seq_len if isinstance(job.cfg.data, TextConfig) else 0
 
 
+def _slower_than_auto(setting: Setting, best: Forecast) -> list[str]:
+    """What another cut would gain, where one was typed."""
+    if best.choice.balance == AUTO:
+        return []
+    auto = plans(setting, [dataclasses.replace(best.choice, balance=AUTO)])[0]
+    if not auto.fits or best.step_s <= _WORTH_SAYING * auto.step_s:
+        return []
+    cut = ",".join(map(str, auto.balance))
+    return [f"balance=auto, which is [{cut}], would take {auto.step_s / best.step_s:.2f} of the time"]
+
+
 def _crowded(job: Job) -> list[str]:
     if job.cfg.plan.devices is not None or crowding(job) == 1:
         return []
@@ -194,13 +207,18 @@ def _prediction(
             )
             for stage in best.stages
         ],
+        process_bytes=setting.process_bytes,
         device_bytes=list(best.rank_bytes),
         accounts=dataclasses.asdict(
             account(schedule_of(setting, best.choice), [stage.cost for stage in best.stages], best.step_s)
         ),
         samples_per_s=job.cfg.batch_size / best.step_s,
         tokens_per_s=_tokens(job) / best.step_s if _tokens(job) else None,
-        warnings=[*warnings_of(setting, best, [layer.name for layer in recipe.layers]), *_crowded(job)],
+        warnings=[
+            *warnings_of(setting, best, [layer.name for layer in recipe.layers]),
+            *_slower_than_auto(setting, best),
+            *_crowded(job),
+        ],
         chosen=list(opened),
         weighed=[
             Weighed(_typed(plan), plan.step_s, plan.bubble_fraction, max(plan.rank_bytes), plan.fits) for plan in ranked

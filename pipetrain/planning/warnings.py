@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipetrain.sim.forecast import AUTO, Forecast, Setting
+from pipetrain.sim.forecast import Forecast, Setting
 
 _DOMINATES = 1.2  # times as long as the others on average
 _FULL = 0.9  # of a device's memory: what was not counted must fit as well
@@ -36,8 +36,7 @@ def _dominating(setting: Setting, plan: Forecast, layers: Sequence[str]) -> list
     times = f"works {busy_s[slowest] / others_s:.2f} times as long as the others on average"
     if len(own) == 1:
         return [f"stage {slowest} {times}, and it is one layer: {layers[longest]}"]
-    remedy = "" if plan.choice.balance == AUTO else "; balance=auto makes the slowest stage as fast as can be"
-    return [f"stage {slowest} {times}; its longest layer is {layers[longest]}{remedy}"]
+    return [f"stage {slowest} {times}; its longest layer is {layers[longest]}"]
 
 
 def _full(setting: Setting, plan: Forecast) -> list[str]:
@@ -51,7 +50,7 @@ def _full(setting: Setting, plan: Forecast) -> list[str]:
 
 
 def _waiting(plan: Forecast) -> list[str]:
-    if plan.bubble_fraction <= _LONG_BUBBLE:
+    if plan.bubble_fraction <= _LONG_BUBBLE or len(plan.balance) == 1:
         return []
     return [
         f"devices wait {plan.bubble_fraction:.0%} of the time, with {plan.choice.num_microbatches} micro-batches for "

@@ -26,6 +26,8 @@ def check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems:
         known = one_of(cfg.schedule, (*SCHEDULES, AUTO))
         problems.append(f"schedule={cfg.schedule}: no such choice. {known}, or the path of a file that ends in .csv")
         return
+    if world_size is not None and world_size < 1:
+        return  # a number of devices to plan for, see check_plan
     try:
         devices = (
             parse_devices(cfg.devices, num_gpus, wanted_ranks(cfg)) if world_size is None else ("any",) * world_size
@@ -148,8 +150,8 @@ def _check_recompute(cfg: Config, number: int | None, problems: list[str]) -> No
         )
     if (SELECTIVE in policies) != bool(cfg.recompute_layers):
         problems.append(
-            f"recompute={shown(cfg.recompute)} and recompute_layers={shown(cfg.recompute_layers)} go together: "
-            "recompute=selective 'recompute_layers=[blocks.*]', or neither"
+            f"recompute={shown(cfg.recompute)} and recompute_layers={shown(cfg.recompute_layers)} do not go together: "
+            "type recompute=selective 'recompute_layers=[blocks.*]', or another recompute alone"
         )
 
 
@@ -168,7 +170,7 @@ def check_model(cfg: Config, num_layers: int, num_stages: int) -> None:
         raise ConfigError(
             f"{_what_makes_stages(cfg)} makes {num_stages} stages, but the model has only {num_layers} layers "
             "and every stage needs one; "
-            f"use {'partitions' if cfg.partitions else 'devices'}={num_layers} or fewer, or {way_out}"
+            f"use {_key_of_stages(cfg)}={num_layers} or fewer, or {way_out}"
         )
     if isinstance(cfg.balance, list) and sum(cfg.balance) != num_layers:
         last = num_layers - sum(cfg.balance[:-1])
@@ -178,11 +180,18 @@ def check_model(cfg: Config, num_layers: int, num_stages: int) -> None:
         )
 
 
+def _key_of_stages(cfg: Config) -> str:
+    if is_number(cfg.partitions):
+        return "partitions"
+    return "plan.devices" if cfg.plan.devices else "devices"
+
+
 def _what_makes_stages(cfg: Config) -> str:
-    if cfg.partitions is not None:
+    if is_number(cfg.partitions):
         return f"partitions={cfg.partitions}"
-    usual = is_file(cfg.schedule) or SCHEDULES[cfg.schedule].usual == 1
-    return f"devices={cfg.devices}" + ("" if usual else f" with schedule={cfg.schedule}")
+    usual = cfg.schedule == AUTO or is_file(cfg.schedule) or SCHEDULES[cfg.schedule].usual == 1
+    devices = f"plan.devices={shown(cfg.plan.devices)}" if cfg.plan.devices else f"devices={cfg.devices}"
+    return devices + ("" if usual else f" with schedule={cfg.schedule}")
 
 
 def check_recomputed_layers(cfg: Config, layers: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from pipetrain.schedule import EXCEPT_LAST, NEVER, Kind, Schedule, peak_in_fligh
 from pipetrain.sim.balance import even
 from pipetrain.sim.cut import crossing_bytes
 from pipetrain.sim.forecast import EVEN, LEAST_VARIANCE, Choice, Setting, compute_of, fits
-from pipetrain.sim.optimum import Chain, Seat, fastest, fits_memory, leanest, least_variance
+from pipetrain.sim.optimum import Chain, Seat, fastest, fits_at_all, fits_memory, leanest, least_variance
 
 # Stages have more or less than equal shares of their rank's memory: balances for some are walked through, the fastest
 # one first, where a schedule has no more actions than this.
@@ -78,13 +78,25 @@ def _balance(
         shares, is_enough = _SHARES, partial(fits, setting, choice)
     if is_enough(unlimited[wanted]):
         return unlimited[wanted], True
+    if not may_fit(setting, choice):
+        return unlimited[wanted], False
     for share in shares:
         with suppress(ConfigError):
-            found = best(chain, [replace(seat, memory_bytes=share * seat.memory_bytes) for seat in seats])
+            found = best(chain, _with_memory(seats, share))
             if is_enough(found):
                 return found, True
     found = leanest(chain, seats)
     return found, is_enough(found)
+
+
+def may_fit(setting: Setting, choice: Choice) -> bool:
+    """Whether there is a balance that is worth a walk through its memory."""
+    model = setting.model_of(choice.num_microbatches)
+    return fits_at_all(chain_of(setting, model, choice), _with_memory(seats_of(setting, model, choice), _SHARES[0]))
+
+
+def _with_memory(seats: Sequence[Seat], share: float) -> list[Seat]:
+    return [replace(seat, memory_bytes=share * seat.memory_bytes) for seat in seats]
 
 
 def chain_of(setting: Setting, model: ModelCost, choice: Choice) -> Chain:

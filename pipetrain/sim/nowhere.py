@@ -5,12 +5,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pipetrain.errors import ConfigError
-from pipetrain.schedule import NEVER
-from pipetrain.sim.draft import chain_of, seats_of
+from pipetrain.schedule import ALWAYS
+from pipetrain.sim.draft import chain_of, may_fit, seats_of
 from pipetrain.sim.forecast import Choice, Setting, rank_bytes
 from pipetrain.sim.optimum import leanest
-
-_MOST_ACTIONS = 500_000  # of all that is walked through for one number of devices
 
 
 class FitsNowhere(ConfigError):
@@ -31,6 +29,7 @@ def does_not_fit(setting: Setting, choices: Sequence[Choice], num_layers: int) -
     Args:
         choices: at least one of which can be cut into stages.
     """
+    choices = _lean(choices)
     least = _least(setting, choices)
     assert least is not None, "such as were tried before"
     short_of = [need - device.memory_bytes for need, device in zip(least.rank_bytes, setting.devices, strict=True)]
@@ -61,16 +60,21 @@ def _one_layer(setting: Setting, choices: Sequence[Choice], num_layers: int) -> 
 
 
 def _least(setting: Setting, choices: Sequence[Choice]) -> _Need | None:
-    """Small micro-batches and recompute first: not all can be tried."""
-    order = sorted(choices, key=lambda choice: (choice.recompute == NEVER, -choice.num_microbatches))
-    actions, found = 0, list[_Need]()
-    for choice in order:
-        actions += 4 * len(setting.devices) * choice.stages_per_rank * choice.num_microbatches
-        if found and actions > _MOST_ACTIONS:
-            break
+    """The one that lacks least."""
+    found = list[_Need]()
+    for choice in choices:
         with suppress(ConfigError):  # fewer layers than stages
             found.append(_need(setting, choice))
     return min(found, key=lambda need: need.short_bytes, default=None)
+
+
+def _lean(choices: Sequence[Choice]) -> list[Choice]:
+    """Of each schedule and number of stages the one with the smallest micro-batches, and recompute: the others need
+    more."""
+    of_kinds: dict[tuple[str, int], Choice] = {}
+    for choice in sorted(choices, key=lambda choice: (choice.recompute != ALWAYS, -choice.num_microbatches)):
+        of_kinds.setdefault((choice.schedule, choice.stages_per_rank), choice)
+    return list(of_kinds.values())
 
 
 def _need(setting: Setting, choice: Choice) -> _Need:
@@ -89,8 +93,9 @@ def _enough_devices(setting: Setting, choices: Sequence[Choice], num_layers: int
     """The smallest number of devices like the first one on which something fits, if there is one."""
 
     def is_enough(count: int) -> bool:
-        least = _least(replace(setting, devices=setting.devices[:1] * count), choices)
-        return least is not None and least.short_bytes <= 0
+        more = replace(setting, devices=setting.devices[:1] * count)
+        possible = (choice for choice in choices if may_fit(more, choice))
+        return any(_need(more, choice).short_bytes <= 0 for choice in possible)
 
     if any(not isinstance(choice.balance, str) or not isinstance(choice.recompute, str) for choice in choices):
         return None  # a list is for the devices that there are

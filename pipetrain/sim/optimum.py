@@ -134,6 +134,11 @@ def fits_memory(chain: Chain, seats: Sequence[Seat], balance: Sequence[int]) -> 
     return _Stages(chain, seats).fit(balance)
 
 
+def fits_at_all(chain: Chain, seats: Sequence[Seat]) -> bool:
+    """Whether the stages of some balance do."""
+    return len(chain.seconds) >= len(seats) and _Stages(chain, seats).keeps(math.inf) is not None
+
+
 def slowest_s(chain: Chain, seats: Sequence[Seat], balance: Sequence[int]) -> float:
     """Seconds of the slowest stage of a balance."""
     return _Stages(chain, seats).slowest_s(balance)

@@ -52,7 +52,7 @@ class Hindsight:
         ]
         return [
             f"a step took {short(step_s)}, predicted {short(said.step_s)} ({step_s / said.step_s:.2f} times as long); "
-            f"bubble {measured['bubble']:.1%}, predicted {said.bubble_fraction:.1%}",
+            f"devices waited {measured['bubble']:.1%} of it, predicted {said.bubble_fraction:.1%}",
             *aligned(table),
             f"memory {_listed(self._memory_bytes)}, predicted {_listed(said.device_bytes)}",
             f"the largest surprise: {self._surprise(measured)}",

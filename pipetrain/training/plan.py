@@ -7,7 +7,7 @@ from typing import Any
 
 from pipetrain.costs import StageCost
 from pipetrain.models import Recipe
-from pipetrain.schedule import Schedule, bubble_fraction, grid
+from pipetrain.schedule import Kind, Schedule, bubble_fraction, grid
 from pipetrain.sim.simulate import simulate
 
 _WIDEST_GRID = 110
@@ -65,6 +65,7 @@ class Prediction:
     """What the planner says of a step, from what each layer costs.
 
     Attributes:
+        process_bytes: what a process takes before it has a stage.
         device_bytes: of each device in its fullest moment, with what the process itself takes.
         accounts: where the seconds of a step go, see `sim.accounts.Accounts`.
         tokens_per_s: of text, else None.
@@ -75,6 +76,7 @@ class Prediction:
     step_s: float
     bubble_fraction: float
     stages: list[StagePrediction]
+    process_bytes: int
     device_bytes: list[int]
     accounts: dict[str, float]
     samples_per_s: float
@@ -118,8 +120,8 @@ class Prediction:
         rows = [
             (
                 f"  {_compared(plan, best)}",
-                f"bubble {plan.bubble_fraction:.1%}",
-                mib(plan.device_bytes),
+                f"waiting {plan.bubble_fraction:.1%}",
+                f"{mib(plan.device_bytes)} on the fullest device",
                 " ".join(f"{key}={_shown(plan.settings[key])}" for key in keys),
             )
             for plan in others[:_MOST_SHOWN]
@@ -185,7 +187,7 @@ class Plan:
                 if said.tokens_per_s is None
                 else f"{said.tokens_per_s:,.0f} tokens"
             )
-            idle = f"a device waits {said.bubble_fraction:.1%} of the time (the bubble)"
+            idle = f"a device waits {said.bubble_fraction:.1%} of the time"
             lines.append(f"predicted: {short(said.step_s)} a step, {speed} a second; {idle}")
             lines += [f"warning: {text}" for text in said.warnings]
             lines += [*said.reasons(), *said.next_best()]
@@ -202,7 +204,9 @@ class Plan:
         rows = [("stage", *(kind.replace("_", " ") for kind in kinds), "memory")]
         for stage, memory in enumerate(of_stages):
             rows.append((str(stage), *(mib(memory[kind]) for kind in kinds), mib(sum(memory.values()))))
-        return aligned(_without_middle(rows))
+        process_bytes = self.prediction.process_bytes
+        beside = [f"beside that each process takes {mib(process_bytes)}"] if process_bytes else []
+        return [*aligned(_without_middle(rows)), *beside]
 
     def _predicted(self, stage: int) -> tuple[str, ...]:
         if self.prediction is None:
@@ -227,7 +231,7 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def mib(num_bytes: float) -> str:
     """Bytes for people."""
-    return f"{num_bytes / 2**20:,.0f} MiB"
+    return f"{num_bytes / 2**20:,.{1 if num_bytes < 10 * 2**20 else 0}f} MiB"
 
 
 def short(seconds: float) -> str:
@@ -272,6 +276,7 @@ def drawn(schedule: Schedule) -> list[str]:
     if schedule.num_stages == 1:
         return []
     if max(map(len, lines)) > _WIDEST_GRID:
-        return ["the schedule is too wide to draw here; action=plan makes a picture of it"]
+        return ["the schedule is too wide for text; action=plan makes a picture of it"]
     backward = "I and W the halves of a backward" if schedule.is_split else "B backward"
-    return [*lines, f"F forward, R recompute, {backward}, - still at it, . waiting; a column is the time of a forward"]
+    redone = "R recompute, " if any(action.kind is Kind.RECOMPUTE for action in schedule) else ""
+    return [*lines, f"F forward, {redone}{backward}, - still at it, . waiting; a column is the time of a forward"]

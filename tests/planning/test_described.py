@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipetrain.config import PlanConfig, TransformerConfig
 from pipetrain.errors import ConfigError
+from pipetrain.launch import prepare
 from pipetrain.models import LayerRecipe, Recipe
 from pipetrain.paths import RunPaths
 from pipetrain.planning.described import described_profile, kernel_time
@@ -84,9 +85,11 @@ def test_a_plan_for_each_number_of_devices(tmp_path: Path, capsys: pytest.Captur
     plan = PlanConfig(device=DEVICE, devices=[1, 2, 9])
     assert preview(settings(action="plan", balance="auto", plan=plan), tmp_path) == 0
     shown = capsys.readouterr().out
-    assert "9 devices\nno plan: devices=auto makes 9 stages, but the model has only 4 layers" in shown
+    problem = "plan.devices=[1,2,9] makes 9 stages, but the model has only 4 layers and every stage needs one"
+    assert f"9 devices\n{problem}; use plan.devices=4 or fewer" in shown
     plans = json.loads((tmp_path / "plan.json").read_text())
-    assert list(plans) == ["1", "2"]
+    assert list(plans) == ["1", "2", "9"]
+    assert plans["9"]["problem"].startswith(problem)
     assert plans["1"]["prediction"]["step_s"] > plans["2"]["prediction"]["step_s"]
     assert [stage["device"] for stage in plans["2"]["stages"]] == ["X", "X"]
     assert not torch.distributed.is_initialized()
@@ -99,3 +102,18 @@ def test_where_no_number_of_devices_has_a_plan(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no plan fits"):
         preview(settings(action="plan", plan=small), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("devices", [[0], [-1, 2], []])
+def test_numbers_of_devices_must_be_such(tmp_path: Path, devices: list[int]) -> None:
+    with pytest.raises(ConfigError, match=r"must be numbers of devices, such as plan.devices=\[8,128\]"):
+        preview(settings(action="plan", plan=PlanConfig(device=DEVICE, devices=devices)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_devices_than_layers_with_everything_open(tmp_path: Path) -> None:
+    plan = PlanConfig(device=DEVICE)
+    with pytest.raises(ConfigError, match="devices=9 makes 9 stages, but the model has only 4 layers"):
+        prepare(
+            settings(action="plan", schedule="auto", partitions="auto", devices=9, plan=plan), RunPaths(tmp_path), 0
+        )

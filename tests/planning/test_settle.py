@@ -139,7 +139,10 @@ def test_a_given_profile_is_taken_instead_of_measuring(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model": TransformerConfig(layers=2, d_model=32, d_ff=32, heads=2)}, "is of another model: its layers are"),
+        (
+            {"model": TransformerConfig(layers=2, d_model=32, d_ff=32, heads=2)},
+            "is of another model; leave it out to measure",
+        ),
         ({"precision": "fp64"}, "is of another precision or optimizer: its training are fp32 "),
         ({"threads": 2}, "is of other threads: its threads are 1, here they are 2; leave it out to measure"),
         ({"micro_batches": 1}, "has micro-batches of 1 samples, but here they may have 4; use other micro_batches"),
@@ -179,8 +182,8 @@ def test_a_plan_predicts_also_where_nothing_is_open(tmp_path: Path) -> None:
     assert job.prediction.samples_per_s == pytest.approx(4 / job.prediction.step_s)
     assert job.prediction.tokens_per_s == pytest.approx(32 / job.prediction.step_s)
     assert job.prediction.warnings == [
-        "stage 1 works 3.64 times as long as the others on average; its longest layer is head; balance=auto makes the "
-        "slowest stage as fast as can be"
+        "stage 1 works 3.64 times as long as the others on average; its longest layer is head",
+        "balance=auto, which is [3,1], would take 0.81 of the time",
     ]
 
 
@@ -216,3 +219,16 @@ def test_sizes_that_no_device_has_memory_for_are_no_choice(tmp_path: Path) -> No
     assert job.cfg.micro_batches == 4
     with pytest.raises(ConfigError, match="micro_batches=2 makes micro-batches of which the devices have no memory"):
         settle(job_of(tmp_path, micro_batches=2), Measured(), lambda text: None)
+
+
+def test_what_is_typed_as_it_was_chosen_is_no_reason_to_warn(tmp_path: Path) -> None:
+    job = settle(job_of(tmp_path, balance=[3, 1], action="plan"), Measuring(), lambda text: None)
+    assert job.prediction is not None
+    assert not any("balance=auto" in text for text in job.prediction.warnings)
+
+
+def test_one_process_and_two_measure_each_for_themselves(tmp_path: Path) -> None:
+    measuring = Measuring()
+    for ranks in (1, 2, 1, 2, 4):
+        settle(job_of(tmp_path, ranks, action="plan"), measuring, lambda text: None)
+    assert measuring.calls == 2

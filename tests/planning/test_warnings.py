@@ -1,6 +1,7 @@
 """What is said before a plan is started that may not be what one wants."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,13 +24,13 @@ def setting_of(seconds: list[float], num_ranks: int, m: int = 16, memory_bytes: 
     )
 
 
-def plan_of(seconds: list[float], balance: tuple[int, ...], rule: str = "auto", **changes: Any) -> Forecast:
+def plan_of(seconds: list[float], balance: tuple[int, ...], **changes: Any) -> Forecast:
     setting = setting_of(seconds, len(balance), **changes)
-    return forecast(setting, Choice("1f1b", 1, setting.batch_size, "never", rule), balance)
+    return forecast(setting, Choice("1f1b", 1, setting.batch_size, "never"), balance)
 
 
-def warnings(seconds: list[float], balance: tuple[int, ...], rule: str = "auto", **changes: Any) -> list[str]:
-    plan = plan_of(seconds, balance, rule, **changes)
+def warnings(seconds: list[float], balance: tuple[int, ...], **changes: Any) -> list[str]:
+    plan = plan_of(seconds, balance, **changes)
     return warnings_of(setting_of(seconds, len(balance), **changes), plan, NAMES)
 
 
@@ -40,9 +41,6 @@ def test_even_stages_and_many_micro_batches_are_fine() -> None:
 def test_a_stage_that_dominates_is_named_with_its_longest_layer() -> None:
     said = "stage 1 works 3.00 times as long as the others on average"
     assert warnings([1.0, 1.0, 2.0], (1, 2)) == [f"{said}; its longest layer is head"]
-    assert warnings([1.0, 1.0, 2.0], (1, 2), rule="even") == [
-        f"{said}; its longest layer is head; balance=auto makes the slowest stage as fast as can be"
-    ]
     assert warnings([0.5, 0.5, 3.0], (2, 1)) == [f"{said}, and it is one layer: head"]
 
 
@@ -58,3 +56,10 @@ def test_a_device_that_is_nearly_full_is_named(share: float, said: list[str]) ->
     need = max(plan_of([1.0, 1.0], (1, 1)).rank_bytes)
     found = warnings([1.0, 1.0], (1, 1), memory_bytes=need / share)
     assert [line[: len(said[0])] for line in found] == said
+
+
+def test_one_stage_waits_for_nobody() -> None:
+    setting = replace(setting_of([1.0, 1.0], 1), engine_s=10.0)
+    plan = forecast(setting, Choice("1f1b", 1, 16, "never"), (2,))
+    assert plan.bubble_fraction > 0.5
+    assert warnings_of(setting, plan, NAMES) == []

@@ -25,6 +25,7 @@ PREDICTION = Prediction(
     step_s=1.51,
     bubble_fraction=0.2,
     stages=[StagePrediction(0.1, 0.2, 0.3, {}), StagePrediction(0.1, 0.2, 0.3, {})],
+    process_bytes=0,
     device_bytes=[4 * MIB, 5 * MIB],
     accounts=dataclasses.asdict(account(SCHEDULE, measured_costs([measured()] * 2, SCHEDULE), 1.51)),
     samples_per_s=8.0,
@@ -45,11 +46,11 @@ def after(step_s: float, *stages: StageMeasures, steps: int = 3) -> list[str]:
 
 def test_all_is_told_beside_what_was_predicted() -> None:
     assert after(1.9, measured(), measured(backward_s=1.2)) == [
-        "a step took 1.9 s, predicted 1.51 s (1.26 times as long); bubble 6.7%, predicted 20.0%",
+        "a step took 1.9 s, predicted 1.51 s (1.26 times as long); devices waited 6.7% of it, predicted 20.0%",
         "seconds of a step  forward  recompute  backward  imbalance  bubble  communication  update  data   step",
         "measured           0.400    0.000      1.000     0.150      0.350   -0.010         0.010   0.000  1.900",
         "predicted          0.400    0.000      0.800     0.000      0.300   0.000          0.010   0.000  1.510",
-        "memory 5 MiB, 5 MiB, predicted 4 MiB, 5 MiB",
+        "memory 5.0 MiB, 5.0 MiB, predicted 4.0 MiB, 5.0 MiB",
         "the largest surprise: stage 1's backward took 300 ms a micro-batch where 200 ms were predicted (1.50 times)",
     ]
 
