@@ -344,7 +344,8 @@ def wanted_ranks(cfg: Config) -> int | None:
 
 def _usual_stages(cfg: Config) -> int:
     """On each rank."""
-    return 1 if cfg.schedule == AUTO else SCHEDULES[cfg.schedule].usual
+    family = SCHEDULES.get(cfg.schedule)  # none where the planner is to choose, or where rules will object
+    return 1 if family is None else family.usual
 
 
 def is_number(value: Any) -> bool:

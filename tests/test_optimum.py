@@ -25,13 +25,13 @@ def brute_force(chain: Chain, seats: list[Seat]) -> tuple[float, list[tuple[int,
     for balance in all_balances(len(chain.seconds), len(seats)):
         slowest, squares, begin, fits = 0.0, 0.0, 0, True
         for seat, number in zip(seats, balance, strict=True):
-            end = begin + number
-            seconds = sum(chain.seconds[begin:end]) * seat.slowness
+            end, own = begin + number, seat.layers or chain
+            seconds = sum(own.seconds[begin:end]) * seat.slowness
             seconds += chain.border_s[begin] if chain.border_s and begin > 0 else 0.0
             seconds += chain.border_s[end] if chain.border_s and end < len(chain.seconds) else 0.0
-            held = sum(chain.saved_bytes[begin:end]) if chain.saved_bytes else 0.0
+            held = sum(own.saved_bytes[begin:end]) if own.saved_bytes else 0.0
             held = seat.in_flight * (held + (chain.input_bytes[begin] if chain.input_bytes else 0.0))
-            held += sum(chain.kept_bytes[begin:end]) if chain.kept_bytes else 0.0
+            held += sum(own.kept_bytes[begin:end]) if own.kept_bytes else 0.0
             fits &= held <= seat.memory_bytes
             slowest, squares, begin = max(slowest, seconds), squares + seconds**2, end
         if fits:
@@ -52,12 +52,15 @@ def random_case(number: int) -> tuple[Chain, list[Seat]]:
 
     chain = Chain([float(draw.choice([1, 2, 3, 5, 8, 40])) for _ in range(n)], some(6, 0.5), some(9, 0.5), some(4, 0.5))
     chain = Chain(chain.seconds, chain.border_s, chain.kept_bytes, chain.saved_bytes, some(5, 0.5))
-    is_uneven, is_tight = draw.random() < 0.4, draw.random() < 0.4
+    is_uneven, is_tight, differs = (draw.random() < chance for chance in (0.4, 0.4, 0.4))
+    seconds = [s + draw.choice([-1.0, 0.0, 4.0]) for s in chain.seconds]
+    other = replace(chain, seconds=seconds, kept_bytes=some(9, 0.5), saved_bytes=some(4, 0.5))
     seats = [
         Seat(
             slowness=float(draw.choice([1, 2, 3])) if is_uneven else 1.0,
             memory_bytes=float(draw.randint(5, 60)) if is_tight else math.inf,
             in_flight=k - s,
+            layers=other if differs and draw.random() < 0.5 else None,
         )
         for s in range(k)
     ]
@@ -83,7 +86,7 @@ def squares_of(chain: Chain, seats: list[Seat], balance: tuple[int, ...]) -> flo
     ends = list(itertools.accumulate(balance))
     return sum(
         (
-            seat.slowness * sum(chain.seconds[end - number : end])
+            seat.slowness * sum((seat.layers or chain).seconds[end - number : end])
             + (chain.border_s[end - number] if chain.border_s and end > number else 0.0)
             + (chain.border_s[end] if chain.border_s and end < len(chain.seconds) else 0.0)
         )

@@ -31,7 +31,9 @@ def described_profile(job: Job, recipe: Recipe, signatures: Sequence[str], rows:
     observe = partial(
         count, make_optimizer=partial(build_optimizer, cfg.optimizer), time_of=kernel_time(device, cfg.precision)
     )
-    conditions = Conditions(torch.device("meta"), cfg.seed, None, None, observe, at.append)
+    dtype = torch.float64 if cfg.precision == "fp64" else None
+    # There is no autocast without values: with bf16 times are those of bfloat16, bytes those of float32.
+    conditions = Conditions(torch.device("meta"), cfg.seed, dtype, None, observe, at.append)
     bench, costs = Bench(recipe, signatures, conditions), {}
     for number in rows:
         # A batch of the data may have fewer samples than are planned for: only shapes count here.

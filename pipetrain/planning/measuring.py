@@ -30,6 +30,7 @@ from pipetrain.training.build import AUTOCAST, build_recipe
 from pipetrain.training.data import open_data, to_device
 from pipetrain.training.job import Job
 from pipetrain.training.loop import Signals
+from pipetrain.training.memory import is_out_of_memory
 from pipetrain.training.optim import build_optimizer
 from pipetrain.worker import TIMEOUT, crowding, join, run_process
 
@@ -117,8 +118,8 @@ def _costs_that_fit(
         try:
             if not is_full:
                 costs[number] = bench.run((inputs,), (targets,))
-        except (MemoryError, torch.OutOfMemoryError):
-            if not costs:
+        except (MemoryError, RuntimeError) as error:
+            if not costs or not is_out_of_memory(error):
                 raise
             is_full = True
     return costs

@@ -18,6 +18,7 @@ from pipetrain.profile.signature import shown
 from pipetrain.profile.store import Profile, hashed, load, save
 from pipetrain.training.data import open_data
 from pipetrain.training.job import Job
+from pipetrain.worker import num_threads
 
 # (job, worker, its argument, seconds that it may take) -> exit code; see `launch.run_job`
 RunJob = Callable[[Job, Callable[[str, int], None], str, float], int]
@@ -97,12 +98,14 @@ def keep(job: Job, profile: Profile, about: Mapping[str, str]) -> Profile:
 
 def measure_here(job: Job, rows: Sequence[int], run_job: RunJob, say: Say) -> Profile:
     """By worker processes, in a folder that is gone afterwards."""
-    without = " (balance=even does without)" if _can_do_without(job) else ""
-    say(f"measuring the layers, once for these sizes on this machine{without}")
+    say(measuring_line(job))
     devices, limit_s = measuring_devices(job), job.cfg.plan.timeout_s
     with tempfile.TemporaryDirectory(prefix="pipetrain-") as folder:
         run = RunPaths(Path(folder))
-        asked = dataclasses.replace(job, devices=devices, run=run)
+        cfg = dataclasses.replace(
+            job.cfg, threads=num_threads(job)
+        )  # as many as in the run, which may have more processes
+        asked = dataclasses.replace(job, cfg=cfg, devices=devices, run=run)
         try:
             code = run_job(asked, run_measuring_worker, json.dumps([asked.to_json(), list(rows)]), limit_s)
         except TimeoutError:
@@ -114,6 +117,12 @@ def measure_here(job: Job, rows: Sequence[int], run_job: RunJob, say: Say) -> Pr
         if code != Exit.DONE:
             raise MeasuringFailed(code)
         return Profile.from_json(run.profile.read_text())
+
+
+def measuring_line(job: Job) -> str:
+    """What is said before it begins."""
+    without = " (balance=even does without)" if _can_do_without(job) else ""
+    return f"measuring the layers, once for these sizes on this machine{without}"
 
 
 def measuring_devices(job: Job) -> tuple[str, ...]:
@@ -141,7 +150,7 @@ def about_of(job: Job, recipe: Recipe, signatures: Sequence[str], processes: int
         "devices": ", ".join(sorted(set(map(_device_name, job.devices)))),
         "training": f"{cfg.precision} {shown(dataclasses.asdict(cfg.optimizer))} ema={cfg.ema}",
         "processes": str(processes),
-        "threads": str(cfg.threads),
+        "threads": str(num_threads(job)),
         "versions": f"torch {torch.__version__}, pipetrain {pipetrain.__version__}",
     }
 

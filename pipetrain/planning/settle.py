@@ -14,14 +14,23 @@ from pipetrain.models import Recipe
 from pipetrain.planning.choices import choices, left_open
 from pipetrain.planning.described import described_profile
 from pipetrain.planning.measuring import measure_together
-from pipetrain.planning.profiles import RunJob, Say, about_of, keep, kept, measure_here, measuring_devices
+from pipetrain.planning.profiles import (
+    RunJob,
+    Say,
+    about_of,
+    keep,
+    kept,
+    measure_here,
+    measuring_devices,
+    measuring_line,
+)
 from pipetrain.planning.warnings import warnings_of
 from pipetrain.profile.bench import signatures_of
 from pipetrain.profile.store import Profile
-from pipetrain.schedule import ALWAYS, SELECTIVE
+from pipetrain.schedule import SELECTIVE
 from pipetrain.sim.accounts import account
 from pipetrain.sim.balance import even
-from pipetrain.sim.forecast import Forecast, Setting, forecast, schedule_of
+from pipetrain.sim.forecast import Forecast, Setting, forecast, schedule_of, sizes_of
 from pipetrain.sim.planner import plans
 from pipetrain.training.build import build_recipe, is_recomputed
 from pipetrain.training.job import Job
@@ -52,7 +61,7 @@ def settle(job: Job, run_job: RunJob, say: Say) -> Job:
     return _settled(job, recipe, profile, say)
 
 
-def settle_together(job: Job, device: torch.device) -> Job:
+def settle_together(job: Job, device: torch.device, say: Say = print) -> Job:
     """As `settle`, where all ranks of a process group call it: they measure, and the first one decides for all.
 
     Raises:
@@ -64,9 +73,10 @@ def settle_together(job: Job, device: torch.device) -> Job:
     about, rows = about_of(job, recipe, signatures_of(recipe), len(job.devices)), _rows(job, recipe)
     profile = _of_the_first_rank(lambda: kept(job, about, rows))
     if profile is None:
+        _of_the_first_rank(lambda: say(measuring_line(job)))
         measured = measure_together(job, rows, device)
         profile = _of_the_first_rank(lambda: measured and keep(job, measured, about))
-    return Job.from_json(_of_the_first_rank(lambda: _settled(job, recipe, profile, print).to_json()))
+    return Job.from_json(_of_the_first_rank(lambda: _settled(job, recipe, profile, say).to_json()))
 
 
 def _of_the_first_rank(work: Callable[[], Any]) -> Any:
@@ -89,15 +99,19 @@ def _is_open(job: Job) -> bool:
 
 
 def _rows(job: Job, recipe: Recipe) -> list[int]:
-    """The samples of the largest micro-batches, of all numbers of micro-batches that may be chosen."""
+    """The samples of micro-batches, of all numbers of them that may be chosen."""
     counts = {choice.num_microbatches for choice in choices(job.cfg, len(job.devices), len(recipe.layers))}
-    return sorted({-(-job.cfg.batch_size // count) for count in counts})
+    return sorted({rows for count in counts for rows in sizes_of(job.cfg.batch_size, count)})
 
 
 def _settled(job: Job, recipe: Recipe, profile: Profile, say: Say) -> Job:
     num_ranks, setting = len(job.devices), _setting(job, recipe, profile)
     every = choices(job.cfg, num_ranks, len(recipe.layers))
-    possible = [choice for choice in every if profile.costs[setting.rows_of(choice.num_microbatches)] is not None]
+    possible = [
+        choice
+        for choice in every
+        if profile.costs[sizes_of(job.cfg.batch_size, choice.num_microbatches)[0]] is not None
+    ]
     if not possible:
         raise ConfigError(
             f"micro_batches={num_microbatches(job.cfg)} makes micro-batches of which the devices have no memory for a "
@@ -140,7 +154,6 @@ def _setting(job: Job, recipe: Recipe, profile: Profile) -> Setting:
     """What the planner must know of this job."""
     cfg, gib = job.cfg, job.cfg.plan.memory_gib
     kinds = list(profile.memory_bytes)
-    policy = SELECTIVE if SELECTIVE in cfg.recompute else ALWAYS  # of the stages that recompute at all
     is_shared = job.devices[0] == "cpu" and cfg.plan.devices is None  # one machine has all of them
     share, crowded = (len(job.devices), crowding(job) / profile.crowding) if is_shared else (1, 1.0)
     devices = [
@@ -156,7 +169,7 @@ def _setting(job: Job, recipe: Recipe, profile: Profile) -> Setting:
         batch_size=cfg.batch_size,
         devices=tuple(devices),
         link=profile.link,
-        recomputed=tuple(is_recomputed(cfg, policy, layer.name) for layer in recipe.layers),
+        selected=tuple(is_recomputed(cfg, SELECTIVE, layer.name) for layer in recipe.layers),
         engine_s=profile.engine_s,
         process_bytes=profile.process_bytes,
     )
@@ -210,7 +223,7 @@ def _prediction(
         process_bytes=setting.process_bytes,
         device_bytes=list(best.rank_bytes),
         accounts=dataclasses.asdict(
-            account(schedule_of(setting, best.choice), [stage.cost for stage in best.stages], best.step_s)
+            account(schedule_of(setting, best.choice, best.balance), [stage.cost for stage in best.stages], best.step_s)
         ),
         samples_per_s=job.cfg.batch_size / best.step_s,
         tokens_per_s=_tokens(job) / best.step_s if _tokens(job) else None,

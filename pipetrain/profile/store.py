@@ -16,7 +16,7 @@ class Profile:
     """What a model costs on the devices of a run.
 
     Attributes:
-        about: what it depends on: the layers, the shapes, the devices, the versions; see `identity`.
+        about: what it depends on: the layers, the shapes, the devices, the versions, see `planning.profiles.about_of`.
         memory_bytes: of each device, by what it is called.
         slowness: of each kind of device, where the first one has 1.
         engine_s: what every action takes beside its layers.

@@ -23,6 +23,11 @@ def check_plan(cfg: Config, problems: list[str]) -> None:
     for key, value in vars(plan.device).items():
         if key != "name" and not 0 < value < math.inf:
             problems.append(f"plan.device.{key}={value} of {plan.device.name} must be greater than 0 and finite")
+    if plan.device.name.startswith(("cpu", "cuda")):
+        problems.append(
+            f"plan.device.name={plan.device.name} would be a device of this machine; give it another name, such as "
+            "plan.device.name=X"
+        )
     if plan.device.efficiency > 1:
         problems.append(
             f"plan.device.efficiency={plan.device.efficiency} of {plan.device.name} is the share of its speeds that "

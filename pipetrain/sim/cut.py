@@ -89,21 +89,21 @@ class Cut:
         return [self.recomputed[a:b] for a, b in itertools.pairwise((0, *itertools.accumulate(self.balance)))]
 
     def _bytes_over_borders(self) -> list[int]:
-        """Behind each stage; what skips stages is counted at the border of the stage that makes it."""
+        """Behind each stage."""
         crossing = crossing_bytes(self.model)
         return [crossing[end] for end in itertools.accumulate(self.balance)]
 
 
 def crossing_bytes(model: ModelCost) -> list[int]:
-    """[layers + 1]: what goes over a border in front of each layer from the layer before it, or from earlier ones to
-    this layer; nothing in front of the first and behind the last one."""
+    """[layers + 1]: what goes over a border in front of each layer; nothing in front of the first and behind the last.
+
+    A value that goes straight to a later stage counts at all borders between, as if it were handed on.
+    """
     crossing = [0] * (len(model.layers) + 1)
     for value in model.values:
-        if value.users:
-            borders = {value.layer + 1, *value.users} if value.layer >= 0 else set()
-            for border in borders:
-                if value.layer < border <= value.users[-1]:
-                    crossing[border] += value.num_bytes
+        if value.users and value.layer >= 0:
+            for border in range(value.layer + 1, value.users[-1] + 1):
+                crossing[border] += value.num_bytes
     return crossing
 
 

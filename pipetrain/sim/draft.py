@@ -9,10 +9,10 @@ from itertools import accumulate, pairwise
 
 from pipetrain.costs import LayerCost, ModelCost
 from pipetrain.errors import ConfigError
-from pipetrain.schedule import EXCEPT_LAST, NEVER, Kind, Schedule, peak_in_flight
+from pipetrain.schedule import ALWAYS, EXCEPT_LAST, NEVER, SELECTIVE, Kind, Schedule, peak_in_flight
 from pipetrain.sim.balance import even
 from pipetrain.sim.cut import crossing_bytes
-from pipetrain.sim.forecast import EVEN, LEAST_VARIANCE, Choice, Setting, compute_of, fits
+from pipetrain.sim.forecast import EVEN, LEAST_VARIANCE, Choice, Setting, compute_of, fits, policies_of
 from pipetrain.sim.optimum import Chain, Seat, fastest, fits_at_all, fits_memory, leanest, least_variance
 
 # Stages have more or less than equal shares of their rank's memory: balances for some are walked through, the fastest
@@ -68,7 +68,8 @@ def _balance(
     if choice.balance == EVEN and len(model.layers) >= len(seats):
         return even(len(model.layers), len(seats)), True
     best = least_variance if choice.balance == LEAST_VARIANCE else fastest
-    wanted = (choice.num_microbatches, tuple(chain.seconds), choice.balance, tuple(seat.slowness for seat in seats))
+    speeds = tuple((seat.slowness, policy) for seat, policy in zip(seats, _policies(setting, choice), strict=True))
+    wanted = (choice.num_microbatches, tuple(chain.seconds), choice.balance, speeds)
     if wanted not in unlimited:
         unlimited[wanted] = best(chain, [replace(seat, memory_bytes=math.inf) for seat in seats])
     if 4 * len(seats) * choice.num_microbatches > _MOST_WALKED:  # what the chain says of memory must be enough
@@ -100,9 +101,23 @@ def _with_memory(seats: Sequence[Seat], share: float) -> list[Seat]:
 
 
 def chain_of(setting: Setting, model: ModelCost, choice: Choice) -> Chain:
-    """The layers as balancing sees them. Every stage has room for one recomputed graph of all its layers."""
-    split = compute_of(setting, choice).is_split
-    redone = [again and choice.recompute != NEVER for again in setting.recomputed]
+    """The layers as balancing sees them, on the first stage."""
+    return _chain(setting, model, compute_of(setting, choice).is_split, _policies(setting, choice)[0])
+
+
+def _policies(setting: Setting, choice: Choice) -> list[str]:
+    """Of each stage always, selective or never. `except_last` is always, but for a last stage where every micro-batch
+    turns round."""
+    schedule = compute_of(setting, choice)
+    found = [ALWAYS if policy == EXCEPT_LAST else policy for policy in policies_of(choice, schedule.num_stages)]
+    if policies_of(choice, schedule.num_stages)[-1] == EXCEPT_LAST and _all_turn_round(schedule):
+        found[-1] = NEVER
+    return found
+
+
+def _chain(setting: Setting, model: ModelCost, split: bool, policy: str) -> Chain:
+    """Every stage has room for one recomputed graph of all its layers."""
+    redone = [policy == ALWAYS or (policy == SELECTIVE and selected) for selected in setting.selected]
     of_outputs = [0] * len(model.layers)
     for value in model.values:
         if value.layer >= 0 and value.keepers:
@@ -130,13 +145,16 @@ def seats_of(setting: Setting, model: ModelCost, choice: Choice) -> list[Seat]:
     """For each stage its rank's device, of whose memory the stages on it have equal shares."""
     each, schedule = choice.stages_per_rank, compute_of(setting, choice)
     working = max(max(layer.forward_bytes, layer.backward_bytes) for layer in model.layers)
+    policies = _policies(setting, choice)
+    chains = {p: _chain(setting, model, schedule.is_split, p) for p in {*policies} - {policies[0]}}
     return [
         Seat(
             slowness=setting.devices[rank].slowness,
             memory_bytes=(setting.devices[rank].memory_bytes - setting.process_bytes - working) / each,
             in_flight=in_flight,
+            layers=chains.get(policy),
         )
-        for rank, in_flight in zip(schedule.placement, peak_in_flight(schedule), strict=True)
+        for rank, in_flight, policy in zip(schedule.placement, peak_in_flight(schedule), policies, strict=True)
     ]
 
 
@@ -148,17 +166,15 @@ def _estimate_s(setting: Setting, model: ModelCost, choice: Choice, balance: Seq
     """
     num_ranks, each = len(setting.devices), choice.stages_per_rank
     schedule = compute_of(setting, choice)
-    chain = chain_of(setting, model, choice)
-    slowness = [setting.devices[rank].slowness for rank in schedule.placement]
-    ends = list(accumulate(balance))
+    chain, seats = chain_of(setting, model, choice), seats_of(setting, model, choice)
     busy_s = [0.0] * num_ranks
-    actions = 2 + (choice.recompute != NEVER) + schedule.is_split  # of a micro-batch on a stage
-    for rank, slow, end, number in zip(schedule.placement, slowness, ends, balance, strict=True):
-        busy_s[rank] += slow * sum(chain.seconds[end - number : end]) + actions * setting.engine_s
-    if choice.recompute == EXCEPT_LAST and _all_turn_round(schedule):
-        redone = zip(model.layers[-balance[-1] :], setting.recomputed[-balance[-1] :], strict=True)
-        busy_s[schedule.placement[-1]] -= slowness[-1] * sum(layer.forward_s for layer, again in redone if again)
-    through_s = sum(layer.forward_s + layer.backward_s for layer in model.layers) * max(slowness)
+    stages = zip(schedule.placement, seats, accumulate(balance), balance, _policies(setting, choice), strict=True)
+    for rank, seat, end, number, policy in stages:
+        actions = 2 + (policy != NEVER) + schedule.is_split  # of a micro-batch
+        seconds = (seat.layers or chain).seconds[end - number : end]
+        busy_s[rank] += seat.slowness * sum(seconds) + actions * setting.engine_s
+    slowest = max(seat.slowness for seat in seats)
+    through_s = sum(layer.forward_s + layer.backward_s for layer in model.layers) * slowest
     between_s = setting.link.latency_s + setting.engine_s
     way_s = (through_s + 2 * len(balance) * between_s) * (num_ranks - 1) / num_ranks / each
     return choice.num_microbatches * max(busy_s) + way_s / (3 if schedule.is_split else 1)

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
-from pipetrain.costs import Device, Link, ModelCost, StageCost
-from pipetrain.schedule import Kind, Schedule, generate
+from pipetrain.costs import Device, LayerCost, Link, ModelCost, StageCost
+from pipetrain.schedule import NEVER, SELECTIVE, Kind, Schedule, generate
 from pipetrain.schedule.recompute import add_recompute
 from pipetrain.sim.cut import Cut
 from pipetrain.sim.memory import Memory, memory
@@ -70,7 +71,7 @@ class Setting:
     Attributes:
         model: the costs of all layers for micro-batches of so many samples.
         devices: one for each rank.
-        recomputed: for each layer, whether `recompute` may run it again.
+        selected: for each layer, whether recompute=selective runs it again.
         engine_s: what every action takes beside its layers; it counts as waiting.
         process_bytes: what a rank holds before it has built its stage.
     """
@@ -79,23 +80,39 @@ class Setting:
     batch_size: int
     devices: tuple[Device, ...]
     link: Link
-    recomputed: tuple[bool, ...]
+    selected: tuple[bool, ...]
     engine_s: float = 0.0
     process_bytes: int = 0
 
-    def rows_of(self, num_microbatches: int) -> int:
-        """Samples in the largest of so many micro-batches."""
-        return -(-self.batch_size // num_microbatches)
-
     def model_of(self, num_microbatches: int) -> ModelCost:
-        """For the largest of so many micro-batches."""
-        return self.model(self.rows_of(num_microbatches))
+        """Bytes of the largest of so many micro-batches, and their seconds on average."""
+        sizes = sizes_of(self.batch_size, num_microbatches)
+        largest = self.model(sizes[0])
+        if len(sizes) == 1:
+            return largest
+        share = (self.batch_size % num_microbatches) / num_microbatches  # of large ones
+        layers = zip(largest.layers, self.model(sizes[1]).layers, strict=True)
+        return replace(largest, layers=tuple(_mean(large, small, share) for large, small in layers))
+
+
+def sizes_of(batch_size: int, num_microbatches: int) -> list[int]:
+    """Samples in so many micro-batches: two sizes where they do not come out even, the larger one first."""
+    least, left = divmod(batch_size, num_microbatches)
+    return [least + 1, least] if left else [least]
+
+
+def _mean(large: LayerCost, small: LayerCost, share: float) -> LayerCost:
+    seconds = {
+        name: share * getattr(large, name) + (1 - share) * getattr(small, name)
+        for name in ("forward_s", "backward_s", "input_s", "weight_s")
+    }
+    return replace(large, **seconds)
 
 
 def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Forecast:
     """Simulates one step, and walks through its memory."""
-    schedule = schedule_of(setting, choice)
-    cut = Cut(setting.model_of(choice.num_microbatches), balance, setting.recomputed)
+    schedule = schedule_of(setting, choice, balance)
+    cut = _cut(setting, choice, balance)
     homes = [setting.devices[rank] for rank in schedule.placement]
     costs = cut.costs(split=schedule.is_split, slowness=[home.slowness for home in homes])
     spans = simulate(schedule, [_in_engine(cost, setting.engine_s) for cost in costs], setting.link)
@@ -137,8 +154,8 @@ def fits(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> bool:
 
 def rank_bytes(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> list[int]:
     """What each rank holds in its fullest moment."""
-    schedule = schedule_of(setting, choice)
-    used = memory(schedule, Cut(setting.model_of(choice.num_microbatches), balance, setting.recomputed).bytes())
+    schedule = schedule_of(setting, choice, balance)
+    used = memory(schedule, _cut(setting, choice, balance).bytes())
     return _rank_bytes(setting, schedule, used)
 
 
@@ -153,11 +170,31 @@ def _is_enough(setting: Setting, needs: Sequence[int]) -> bool:
     return all(need <= device.memory_bytes for need, device in zip(needs, setting.devices, strict=True))
 
 
-def schedule_of(setting: Setting, choice: Choice) -> Schedule:
-    """The compute of a choice's schedule, with its recomputes."""
-    compute = compute_of(setting, choice)
-    policies = choice.recompute
-    return add_recompute(compute, [policies] * compute.num_stages if isinstance(policies, str) else policies)
+def _cut(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Cut:
+    again = [
+        selected or policy != SELECTIVE
+        for policy, layers in zip(policies_of(choice, len(balance)), _pieces(setting.selected, balance), strict=True)
+        for selected in layers
+    ]
+    return Cut(setting.model_of(choice.num_microbatches), balance, tuple(again))
+
+
+def schedule_of(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Schedule:
+    """The compute of a choice's schedule, with its recomputes; a stage with no layer to run again has none."""
+    policies = [
+        NEVER if policy == SELECTIVE and not any(layers) else policy
+        for policy, layers in zip(policies_of(choice, len(balance)), _pieces(setting.selected, balance), strict=True)
+    ]
+    return add_recompute(compute_of(setting, choice), policies)
+
+
+def policies_of(choice: Choice, num_stages: int) -> Sequence[str]:
+    """Of each stage."""
+    return [choice.recompute] * num_stages if isinstance(choice.recompute, str) else choice.recompute
+
+
+def _pieces(values: Sequence[bool], balance: Sequence[int]) -> list[Sequence[bool]]:
+    return [values[a:b] for a, b in pairwise((0, *accumulate(balance)))]
 
 
 def compute_of(setting: Setting, choice: Choice) -> Schedule:

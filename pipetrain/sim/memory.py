@@ -82,8 +82,6 @@ class _StageNow:
         self._stage, self._recomputed = stage, recomputed
         self._posted, self._sends = stage.inputs * receives, sends
         self._has_gradients = False
-        self._updates = 0
-        self._weights: dict[tuple[int, int], int] = {}  # the version that each micro-batch in flight has seen
         self._held: dict[tuple[int, int], tuple[int, int]] = {}  # by each of them: in flight, recomputed
         self._between = self._gradients = self._in_flight = self._graphs = self._sent = self._working = 0
         self._updates = 0

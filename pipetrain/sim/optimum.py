@@ -48,11 +48,13 @@ class Seat:
         slowness: seconds that it takes for one second of a layer.
         memory_bytes: what it has for a stage.
         in_flight: micro-batches that the stage holds at once.
+        layers: seconds and bytes as they are here, where they are others than on most seats: without recompute, say.
     """
 
     slowness: float = 1.0
     memory_bytes: float = math.inf
     in_flight: int = 1
+    layers: Chain | None = None
 
 
 def fastest(chain: Chain, seats: Sequence[Seat]) -> tuple[int, ...]:
@@ -164,35 +166,40 @@ class _Stages:
 
     def __init__(self, chain: Chain, seats: Sequence[Seat]) -> None:
         self._n, self._seats = len(chain.seconds), seats
-        self._time = _sums(chain.seconds)
-        self._kept = _sums(chain.kept_bytes or [0.0] * self._n)
-        self._saved = _sums(chain.saved_bytes or [0.0] * self._n)
+        sums = {id(own): _sums_of(own) for own in (chain, *(seat.layers for seat in seats if seat.layers is not None))}
+        of_seats = [sums[id(seat.layers or chain)] for seat in seats]
+        self._time, self._kept, self._saved = zip(*of_seats, strict=True)
+        # Of each layer the least that it can take.
+        self._least: _Array = np.min([np.diff(time) for time, _, _ in sums.values()], axis=0)
         self._input = np.array([*(chain.input_bytes or [0.0] * self._n), 0.0])
         self._border = np.array([*(chain.border_s or [0.0] * self._n), 0.0])
         self._border[0] = 0.0
 
     def seconds(self, s: int, i: Any, j: Any) -> Any:
         """Of stage `s` if it has the layers i to j - 1; numbers, or slices of equal length."""
-        return (self._time[j] - self._time[i]) * self._seats[s].slowness + self._border[i] + self._border[j]
+        time = self._time[s]
+        return (time[j] - time[i]) * self._seats[s].slowness + self._border[i] + self._border[j]
 
     def num_bytes(self, s: int, i: Any, j: Any) -> Any:
         """What it holds at most."""
-        each = self._saved[j] - self._saved[i] + self._input[i]
-        return self._kept[j] - self._kept[i] + self._seats[s].in_flight * each
+        kept, saved = self._kept[s], self._saved[s]
+        return kept[j] - kept[i] + self._seats[s].in_flight * (saved[j] - saved[i] + self._input[i])
 
     def least_s(self) -> float:
         """No cut can be faster: all devices at work all the time, or the longest layer on the fastest device."""
-        longest = float(np.diff(self._time).max()) * min(seat.slowness for seat in self._seats)
-        return max(longest, float(self._time[-1]) / sum(1 / seat.slowness for seat in self._seats)) * (1 - _ROUNDING)
+        longest = float(self._least.max()) * min(seat.slowness for seat in self._seats)
+        all_at_work = float(self._least.sum()) / sum(1 / seat.slowness for seat in self._seats)
+        return max(longest, all_at_work) * (1 - _ROUNDING)
 
     def everything_s(self) -> float:
         """No stage takes longer."""
         slowest = max(seat.slowness for seat in self._seats)
-        return (float(self._time[-1]) * slowest + 2 * float(self._border.max())) * (1 + _ROUNDING)
+        most = max(float(time[-1]) for time in self._time)
+        return (most * slowest + 2 * float(self._border.max())) * (1 + _ROUNDING)
 
     def total_s(self) -> float:
         """All stages together take no less."""
-        return float(self._time[-1]) * min(seat.slowness for seat in self._seats)
+        return float(self._least.sum()) * min(seat.slowness for seat in self._seats)
 
     def all_s(self, balance: Sequence[int]) -> list[float]:
         return [float(self.seconds(s, i, j)) for s, (i, j) in enumerate(_pieces(balance))]
@@ -268,8 +275,9 @@ class _Stages:
 
     def _farthest(self, s: int, begin: Any, limit_s: float) -> Any:
         """The last end of a stage that begins there, as far as its layers alone can tell."""
-        within = self._time[begin] + limit_s / self._seats[s].slowness
-        return np.searchsorted(self._time, within * (1 + _ROUNDING), side="right") - 1
+        time = self._time[s]
+        within = time[begin] + limit_s / self._seats[s].slowness
+        return np.searchsorted(time, within * (1 + _ROUNDING), side="right") - 1
 
     def _where_stages_can_begin(self, limit_s: float) -> list[tuple[int, int]] | None:
         """For every stage, and the end of the last one, the first and the last layer at which it can begin, as far as
@@ -282,8 +290,9 @@ class _Stages:
             return None
         first = [self._n]
         for s in reversed(range(count)):
-            within = self._time[first[-1]] - limit_s / self._seats[s].slowness
-            earliest = int(np.searchsorted(self._time, within - abs(self._time[-1]) * _ROUNDING, side="left"))
+            time = self._time[s]
+            within = time[first[-1]] - limit_s / self._seats[s].slowness
+            earliest = int(np.searchsorted(time, within - abs(time[-1]) * _ROUNDING, side="left"))
             first.append(max(earliest, s))
         first.reverse()
         first[0] = 0
@@ -294,6 +303,12 @@ class _Stages:
 def _pieces(balance: Sequence[int]) -> list[tuple[int, int]]:
     """(first layer, first one behind it) of each stage."""
     return list(pairwise((0, *accumulate(balance))))
+
+
+def _sums_of(chain: Chain) -> tuple[_Array, _Array, _Array]:
+    """Of seconds, kept and saved bytes."""
+    nothing = [0.0] * len(chain.seconds)
+    return _sums(chain.seconds), _sums(chain.kept_bytes or nothing), _sums(chain.saved_bytes or nothing)
 
 
 def _sums(values: Sequence[float]) -> _Array:

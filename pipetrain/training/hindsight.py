@@ -6,10 +6,11 @@ from statistics import median
 
 from pipetrain.engine.report import StageMeasures
 from pipetrain.schedule import Schedule
-from pipetrain.training.measured import bubble_measured, measured_accounts, measured_costs
+from pipetrain.training.measured import measured_accounts, measured_costs
 from pipetrain.training.plan import Prediction, aligned, mib, short
 
 _FEWEST = 3  # steps, without the first one, which is never like the others
+_WORK = ("forward_s", "recompute_s", "backward_s", "update_s")
 # The accounts that are no matter of the stages' costs, which are compared by themselves.
 _BETWEEN = ("communication_s", "update_s", "data_s")
 
@@ -30,8 +31,7 @@ class Hindsight:
             self._memory_bytes[rank] = stage.memory_bytes
         if self._steps == 1:
             return
-        found = {"step_s": step_s, "bubble": bubble_measured(stages, self._schedule)}
-        found |= asdict(measured_accounts(stages, self._schedule, step_s))
+        found = {"step_s": step_s, **asdict(measured_accounts(stages, self._schedule, step_s))}
         for number, cost in enumerate(measured_costs(stages, self._schedule)):
             found[f"stage {number}'s forward"] = cost.forward_s
             found[f"stage {number}'s backward"] = cost.backward_s + cost.backward_weight_s
@@ -52,7 +52,7 @@ class Hindsight:
         ]
         return [
             f"a step took {short(step_s)}, predicted {short(said.step_s)} ({step_s / said.step_s:.2f} times as long); "
-            f"devices waited {measured['bubble']:.1%} of it, predicted {said.bubble_fraction:.1%}",
+            f"devices waited {_waited(measured):.1%} of it, predicted {_waited(said.accounts):.1%}",
             *aligned(table),
             f"memory {_listed(self._memory_bytes)}, predicted {_listed(said.device_bytes)}",
             f"the largest surprise: {self._surprise(measured)}",
@@ -77,6 +77,12 @@ class Hindsight:
             f"{most} took {short(measured[most])} a micro-batch where {short(predicted[most])} were predicted "
             f"({measured[most] / predicted[most]:.2f} times)"
         )
+
+
+def _waited(accounts: Mapping[str, float]) -> float:
+    """The share of a step in which nothing was computed or updated."""
+    waiting_s = sum(accounts[name] for name in ("imbalance_s", "bubble_s", "communication_s", "data_s"))
+    return waiting_s / (waiting_s + sum(accounts[name] for name in _WORK))
 
 
 def _thousandths(seconds: float) -> str:

@@ -8,7 +8,11 @@ ADVICE = (
 )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error means that there was no memory left."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def memory_advice(error: BaseException) -> str:
     """`": " + ADVICE` if the error means that there was no memory left, else nothing."""
-    out = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    return f": {ADVICE}" if out else ""
+    return f": {ADVICE}" if is_out_of_memory(error) else ""

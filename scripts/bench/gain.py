@@ -43,8 +43,8 @@ def _setting(work: Work) -> Setting:
     cost = bench.run((work.inputs[:rows],), (work.targets[:rows],))
     transport = connect(CPU, TIMEOUT)
     link, own_s = measure_link(transport, CPU), engine_s(transport, CPU)
-    is_recomputed = (True,) * len(cost.layers)
-    return Setting(lambda rows: cost, len(work.inputs), (Device("core"),) * 2, link, is_recomputed, own_s)
+    selected = (False,) * len(cost.layers)
+    return Setting(lambda rows: cost, len(work.inputs), (Device("core"),) * 2, link, selected, own_s)
 
 
 def _rank(model: str) -> dict[str, Any]:
@@ -58,9 +58,7 @@ def _rank(model: str) -> dict[str, Any]:
     for name, balance in balances.items():
         work.balance = balance
         contestants[name] = Pipetrain("1f1b", work)
-    predicted = {
-        name: forecast(setting, choice, balance).step_s for name, balance in balances.items()
-    }
+    predicted = {name: forecast(setting, choice, balance).step_s for name, balance in balances.items()}
     return {"balances": balances, "predicted_s": predicted, "seconds": in_turns(contestants, STEPS)}
 
 

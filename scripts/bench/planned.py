@@ -80,7 +80,7 @@ def _setting(milliseconds: list[float], own_s: float) -> Setting:
         for rows in (-(-SAMPLES // m) for m in MICRO_BATCHES):
             costs[rows] = bench.run((work.inputs[:rows],), (work.targets[:rows],))
     dist.barrier()
-    return Setting(costs.__getitem__, SAMPLES, (Device("emulated"),) * world, link, (True,) * len(milliseconds), own_s)
+    return Setting(costs.__getitem__, SAMPLES, (Device("emulated"),) * world, link, (False,) * len(milliseconds), own_s)
 
 
 def _engine_rank() -> float:

@@ -11,6 +11,7 @@ from runs import DESCRIBED as DEVICE
 from runs import settings, tokens_of
 from torch import Tensor, nn
 
+from pipetrain import rules
 from pipetrain.config import PlanConfig, TransformerConfig
 from pipetrain.errors import ConfigError
 from pipetrain.launch import prepare
@@ -117,3 +118,20 @@ def test_more_devices_than_layers_with_everything_open(tmp_path: Path) -> None:
         prepare(
             settings(action="plan", schedule="auto", partitions="auto", devices=9, plan=plan), RunPaths(tmp_path), 0
         )
+
+
+def test_float64_takes_twice_the_memory(tmp_path: Path) -> None:
+    bytes_of = {}
+    for precision in ("fp32", "fp64"):
+        cfg = settings(action="plan", devices=1, precision=precision, plan=PlanConfig(device=DEVICE))
+        assert preview(cfg, tmp_path / precision) == 0
+        plan = json.loads((tmp_path / precision / "plan.json").read_text())
+        bytes_of[precision] = plan["prediction"]["stages"][0]["memory"]
+    assert bytes_of["fp64"]["weights"] == 2 * bytes_of["fp32"]["weights"]
+    assert sum(bytes_of["fp64"].values()) > 1.9 * sum(bytes_of["fp32"].values())
+
+
+def test_a_description_is_not_called_as_a_device_of_this_machine() -> None:
+    device = dataclasses.replace(DEVICE, name="cuda:0")
+    with pytest.raises(ConfigError, match="plan.device.name=cuda:0 would be a device of this machine"):
+        rules.check(settings(action="plan", plan=PlanConfig(device=device)), 0)

@@ -20,7 +20,7 @@ def setting_of(seconds: list[float], num_ranks: int, m: int = 16, memory_bytes: 
         batch_size=m,
         devices=(Device("a", memory_bytes),) * num_ranks,
         link=Link(),
-        recomputed=(True,) * len(seconds),
+        selected=(False,) * len(seconds),
     )
 
 

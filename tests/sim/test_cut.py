@@ -44,17 +44,16 @@ MODEL = ModelCost(
 def test_seconds_are_sums_of_the_layers() -> None:
     cut = Cut(MODEL, (2, 2), (True, False, True, True))
     whole, half = cut.costs(split=False, slowness=[1.0, 2.0]), cut.costs(split=True, slowness=[1.0, 2.0])
-    assert whole[0] == StageCost(11.0, 22.0, 0.0, recompute_s=1.0, update_s=5.5, output_bytes=30)
+    assert whole[0] == StageCost(11.0, 22.0, 0.0, recompute_s=1.0, update_s=5.5, output_bytes=50)
     assert whole[1] == StageCost(2200.0, 4400.0, 0.0, recompute_s=2200.0, update_s=1100.0, output_bytes=0)
     assert (half[0].backward_s, half[0].backward_weight_s) == pytest.approx((13.2, 12.1))
 
 
 def test_what_goes_over_a_border() -> None:
-    """A value that skips layers goes straight: it is at the border of the layer that makes it and of those that take
-    it, and not between."""
-    assert crossing_bytes(MODEL) == [0, 20, 30, 60, 0]
+    """A value that skips layers goes over every border between, whichever of them are cut."""
+    assert crossing_bytes(MODEL) == [0, 20, 50, 60, 0]
     far = replace(MODEL, values=(ValueCost(0, 20, (3,), (), has_gradient=True),))
-    assert crossing_bytes(far) == [0, 20, 0, 20, 0]
+    assert crossing_bytes(far) == [0, 20, 20, 20, 0]
 
 
 def test_bytes_of_stages() -> None:

@@ -54,7 +54,7 @@ def setting(seconds: list[float], num_ranks: int, memory_bytes: float = math.inf
         batch_size=16,
         devices=tuple(devices),
         link=Link(0.01, 1e5),
-        recomputed=(True,) * len(seconds),
+        selected=(False,) * len(seconds),
         process_bytes=1000,
     )
 
@@ -179,3 +179,41 @@ def test_what_the_engine_takes_is_time_in_which_nothing_is_computed() -> None:
         assert after.cost == before.cost
         assert after.idle_s - before.idle_s == pytest.approx(found.step_s - without.step_s)
     assert found.bubble_fraction == pytest.approx(sum(stage.idle_s for stage in found.stages) / 2 / found.step_s)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1", "gpipe"])
+@pytest.mark.parametrize("recompute", ["except_last", ("always", "never", "never"), ("never", "selective", "always")])
+def test_a_stage_that_recomputes_nothing_gets_more_layers(schedule: str, recompute: str | tuple[str, ...]) -> None:
+    """The cut is the best of all also where stages do not recompute the same."""
+    selected = (False, True, False, True, True, False, True, False)
+    for seed in range(3):
+        draw = random.Random(seed)
+        given = replace(setting([draw.choice([1.0, 2.0, 3.0]) for _ in range(8)], 3), selected=selected, link=Link())
+        choice = Choice(schedule, 1, 16, recompute)
+        cuts = itertools.combinations(range(1, 8), 2)
+        balances = [tuple(b - a for a, b in itertools.pairwise((0, *cut, 8))) for cut in cuts]
+        best_s = min(forecast(given, choice, balance).step_s for balance in balances)
+        assert plans(given, [choice])[0].step_s <= 1.02 * best_s, seed
+
+
+def test_selected_layers_are_run_again_where_the_policy_says_so() -> None:
+    given = replace(setting([1.0] * 4, 2), selected=(True, False, False, False))
+    policies = {"mixed": ("selective", "always"), "all": "always", "none": ("always", "never")}
+    found = {name: forecast(given, Choice("1f1b", 1, 4, policy), (2, 2)) for name, policy in policies.items()}
+    assert [stage.cost.recompute_s for stage in found["mixed"].stages] == pytest.approx([1.0, 2.0])
+    first, last = found["mixed"].stages
+    assert first.memory.in_flight > found["all"].stages[0].memory.in_flight
+    assert last.memory == found["all"].stages[1].memory
+    nothing = forecast(given, Choice("1f1b", 1, 4, ("always", "selective")), (2, 2))  # of the last stage's layers
+    assert nothing.step_s == found["none"].step_s
+    assert [stage.memory for stage in nothing.stages] == [stage.memory for stage in found["none"].stages]
+
+
+def test_micro_batches_that_do_not_come_out_even_cost_what_they_cost_on_average() -> None:
+    """17 samples in 16 micro-batches: one of two samples and fifteen of one."""
+    given = replace(setting([1.0] * 2, 1), batch_size=17)
+    found = forecast(given, Choice("gpipe", 1, 16, "never"), (2,))
+    a_forward_s = [sum(layer.forward_s for layer in model([1.0] * 2, rows).layers) for rows in (1, 2)]
+    assert found.stages[0].cost.forward_s == pytest.approx((15 * a_forward_s[0] + a_forward_s[1]) / 16)
+    large = replace(given, batch_size=32)
+    assert found.stages[0].memory == forecast(large, Choice("gpipe", 1, 16, "never"), (2,)).stages[0].memory

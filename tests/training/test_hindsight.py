@@ -46,7 +46,7 @@ def after(step_s: float, *stages: StageMeasures, steps: int = 3) -> list[str]:
 
 def test_all_is_told_beside_what_was_predicted() -> None:
     assert after(1.9, measured(), measured(backward_s=1.2)) == [
-        "a step took 1.9 s, predicted 1.51 s (1.26 times as long); devices waited 6.7% of it, predicted 20.0%",
+        "a step took 1.9 s, predicted 1.51 s (1.26 times as long); devices waited 25.8% of it, predicted 19.9%",
         "seconds of a step  forward  recompute  backward  imbalance  bubble  communication  update  data   step",
         "measured           0.400    0.000      1.000     0.150      0.350   -0.010         0.010   0.000  1.900",
         "predicted          0.400    0.000      0.800     0.000      0.300   0.000          0.010   0.000  1.510",
