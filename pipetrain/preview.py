@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from pipetrain.config import Config, num_stages, wanted_ranks
+from pipetrain.config import Config, num_microbatches, num_stages, wanted_ranks
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit
 from pipetrain.launch import prepare, run_job
 from pipetrain.models import Recipe
 from pipetrain.paths import RunPaths
 from pipetrain.planning.settle import settle
-from pipetrain.schedule import Schedule, timeline
+from pipetrain.schedule import Schedule, generate, timeline
 from pipetrain.schedule.picture import svg
 from pipetrain.torchrun import Place
 from pipetrain.training.build import balance_of, build_recipe, build_schedule
@@ -84,7 +84,11 @@ def _planned(cfg: Config, run: RunPaths, count: int | None) -> tuple[Plan, Sched
     recipe = build_recipe(job.cfg, job.data)
     num_ranks = len(job.devices)
     balance = balance_of(job.cfg, len(recipe.layers), num_stages(job.cfg, num_ranks))
-    schedule = build_schedule(job.cfg, recipe, balance, num_ranks)
+    if count is None:
+        schedule = build_schedule(job.cfg, recipe, balance, num_ranks)
+    else:  # nobody will run or draw it: messages and proofs of millions of actions can be left out
+        each = len(balance) // num_ranks
+        schedule = generate(job.cfg.schedule, num_ranks, num_microbatches(job.cfg), each)
     parameters = _parameters(recipe, balance)
     plan = make_plan(schedule, job.devices, recipe, balance, parameters, job.cfg.recompute, job.prediction)
     return plan, schedule

@@ -22,6 +22,7 @@ and `messages` add the rest. The same object is then verified, simulated, drawn 
 down twice.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator
@@ -138,7 +139,7 @@ class Schedule:
     def num_ranks(self) -> int:
         return len(self.actions)
 
-    @property
+    @functools.cached_property
     def is_split(self) -> bool:
         """Whether backwards come in two halves."""
         return any(action.kind is Kind.BACKWARD_WEIGHT for action in self)

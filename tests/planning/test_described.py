@@ -133,5 +133,5 @@ def test_float64_takes_twice_the_memory(tmp_path: Path) -> None:
 
 def test_a_description_is_not_called_as_a_device_of_this_machine() -> None:
     device = dataclasses.replace(DEVICE, name="cuda:0")
-    with pytest.raises(ConfigError, match="plan.device.name=cuda:0 would be a device of this machine"):
+    with pytest.raises(ConfigError, match=r"plan.device.name=cuda:0 would be a device of this machine"):
         rules.check(settings(action="plan", plan=PlanConfig(device=device)), 0)
