@@ -1,8 +1,9 @@
 """What a planner would tell a colleague who is about to start a plan."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
-from pipetrain.sim.forecast import Forecast, Setting
+from pipetrain.sim.forecast import Forecast, Setting, compute_of
 
 _DOMINATES = 1.2  # times as long as the others on average
 _FULL = 0.9  # of a device's memory: what was not counted must fit as well
@@ -19,24 +20,27 @@ def warnings_of(setting: Setting, plan: Forecast, layers: Sequence[str]) -> list
 
 
 def _dominating(setting: Setting, plan: Forecast, layers: Sequence[str]) -> list[str]:
-    busy_s = [
-        stage.cost.forward_s + stage.cost.recompute_s + stage.cost.backward_s + stage.cost.backward_weight_s
-        for stage in plan.stages
-    ]
+    """The rank that works longest, where the others do much less."""
+    placement = compute_of(setting, plan.choice).placement
+    busy_s = [0.0] * len(setting.devices)
+    own: list[list[int]] = [[] for _ in setting.devices]  # layers
+    for stage, rank, end, number in zip(plan.stages, placement, accumulate(plan.balance), plan.balance, strict=True):
+        cost = stage.cost
+        busy_s[rank] += cost.forward_s + cost.recompute_s + cost.backward_s + cost.backward_weight_s
+        own[rank] += range(end - number, end)
     if len(busy_s) == 1:
         return []
     slowest = max(range(len(busy_s)), key=busy_s.__getitem__)
     others_s = (sum(busy_s) - busy_s[slowest]) / (len(busy_s) - 1)
     if busy_s[slowest] <= _DOMINATES * others_s:
         return []
-    first = sum(plan.balance[:slowest])
     model = setting.model_of(plan.choice.num_microbatches)
-    own = range(first, first + plan.balance[slowest])
-    longest = max(own, key=lambda n: model.layers[n].forward_s + model.layers[n].backward_s)
-    times = f"works {busy_s[slowest] / others_s:.2f} times as long as the others on average"
-    if len(own) == 1:
-        return [f"stage {slowest} {times}, and it is one layer: {layers[longest]}"]
-    return [f"stage {slowest} {times}; its longest layer is {layers[longest]}"]
+    longest = max(own[slowest], key=lambda n: model.layers[n].forward_s + model.layers[n].backward_s)
+    who = f"stage {slowest}" if len(placement) == len(busy_s) else f"device {slowest}"
+    times = f"{who} works {busy_s[slowest] / others_s:.2f} times as long as the others on average"
+    if len(own[slowest]) == 1:
+        return [f"{times}, and it is one layer: {layers[longest]}"]
+    return [f"{times}; its longest layer is {layers[longest]}"]
 
 
 def _full(setting: Setting, plan: Forecast) -> list[str]:

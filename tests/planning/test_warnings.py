@@ -63,3 +63,16 @@ def test_one_stage_waits_for_nobody() -> None:
     plan = forecast(setting, Choice("1f1b", 1, 16, "never"), (2,))
     assert plan.bubble_fraction > 0.5
     assert warnings_of(setting, plan, NAMES) == []
+
+
+def test_stages_of_one_device_are_taken_together() -> None:
+    """Stages of 1, 3, 3 and 1 seconds on two devices in turns are even work."""
+    for seconds, said in (([1.0, 3.0, 3.0, 1.0], 0), ([1.0, 3.0, 1.0, 3.0], 1)):
+        setting = setting_of(seconds, 2)
+        found = warnings_of(
+            setting, forecast(setting, Choice("interleaved", 2, 16, "never"), (1, 1, 1, 1)), list("abcd")
+        )
+        assert len(found) == said
+        assert (
+            not said or found[0] == "device 1 works 3.00 times as long as the others on average; its longest layer is b"
+        )
