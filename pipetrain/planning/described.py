@@ -55,6 +55,7 @@ def described_profile(job: Job, recipe: Recipe, signatures: Sequence[str], rows:
         link=Link(device.link_us * 1e-6, gb_per_s),
         engine_s=0.0,
         crowding=1.0,
+        disturbed=False,
         process_bytes=0,
         costs=costs,
     )

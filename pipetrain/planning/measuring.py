@@ -9,7 +9,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from pipetrain.worker import TIMEOUT, crowding, join, run_process
 
 _SMALL, _LARGE = 64, 4 * 2**20  # bytes of the messages that are measured
 _MESSAGES = 30
+_DISTURBED = 1.2  # times as long as with a core for each thread
 
 
 def run_measuring_worker(argument: str, rank: int) -> None:
@@ -72,7 +73,8 @@ def measure_together(
     rank, world = dist.get_rank(), dist.get_world_size()
     kinds: list[str] = [""] * world
     dist.all_gather_object(kinds, kind_of(device))
-    costs = _costs_that_fit(job, rows, device, announce)
+    watch = _Watch()
+    costs = _costs_that_fit(job, rows, device, announce, watch)
     measured: list[list[int]] = [[]] * world
     dist.all_gather_object(measured, list(costs))
     seconds: list[float] = [0.0] * world
@@ -91,13 +93,32 @@ def measure_together(
         link=link,
         engine_s=own_s,
         crowding=crowding(job),
+        disturbed=device.type == "cpu" and watch.waited_more_than(_DISTURBED * crowding(job)),
         process_bytes=_process_bytes() if device.type == "cpu" else 0,
         costs={number: costs[number] if all(number in each for each in measured) else None for number in rows},
     )
 
 
+class _Watch:
+    """Adds up wall time, and the time in which this process had a core."""
+
+    def __init__(self) -> None:
+        self._wall_s = self._own_s = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        wall_s, own_s = time.perf_counter(), time.process_time()
+        yield
+        self._wall_s += time.perf_counter() - wall_s
+        self._own_s += time.process_time() - own_s
+
+    def waited_more_than(self, times: float) -> bool:
+        """Whether it took so many times as long as the process alone would have."""
+        return self._wall_s > times * self._own_s
+
+
 def _costs_that_fit(
-    job: Job, rows: Sequence[int], device: torch.device, announce: Callable[[str], object]
+    job: Job, rows: Sequence[int], device: torch.device, announce: Callable[[str], object], watch: _Watch
 ) -> dict[int, ModelCost]:
     """Of the sizes up to the first one for which this device has no memory."""
     cfg, costs, is_full = job.cfg, dict[int, ModelCost](), False
@@ -117,7 +138,8 @@ def _costs_that_fit(
         inputs, targets = (to_device(tensor[:number], cfg, device) for tensor in batch)
         try:
             if not is_full:
-                costs[number] = bench.run((inputs,), (targets,))
+                with watch.running():
+                    costs[number] = bench.run((inputs,), (targets,))
         except (MemoryError, RuntimeError) as error:
             if not costs or not is_out_of_memory(error):
                 raise

@@ -87,7 +87,9 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def keep(job: Job, profile: Profile, about: Mapping[str, str]) -> Profile:
-    """Beside what was measured before for micro-batches of other sizes."""
+    """Beside what was measured before of other sizes; what was disturbed is for this time only."""
+    if profile.disturbed:
+        return dataclasses.replace(profile, about=about)
     folder = Path(job.cfg.plan.cache_dir).expanduser()
     before = load(folder, about)
     costs = {**(before.costs if before is not None else {}), **profile.costs}

@@ -124,7 +124,13 @@ def _settled(job: Job, recipe: Recipe, profile: Profile, say: Say) -> Job:
     if opened:
         say(_told(best, opened, forecast(setting, best.choice, even(len(recipe.layers), len(best.balance)))))
     cfg = dataclasses.replace(job.cfg, **{key: _typed(best)[key] for key in (*opened, "balance")})
-    return dataclasses.replace(job, cfg=cfg, prediction=_prediction(job, recipe, setting, ranked, opened))
+    prediction = _prediction(job, recipe, setting, ranked, opened)
+    if profile.disturbed:
+        prediction.warnings.append(
+            "other processes took part of the cores while the layers were measured: all may be faster than predicted, "
+            "and is measured anew next time"
+        )
+    return dataclasses.replace(job, cfg=cfg, prediction=prediction)
 
 
 def _typed(plan: Forecast) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Profile:
         slowness: of each kind of device, where the first one has 1.
         engine_s: what every action takes beside its layers.
         crowding: threads for each core while it was measured, at least 1.
+        disturbed: whether other processes took a good part of the cores meanwhile.
         process_bytes: what a rank holds before its stage is built.
         costs: by the samples in a micro-batch; None where not even a layer of so many fits a device.
     """
@@ -31,6 +32,7 @@ class Profile:
     link: Link
     engine_s: float
     crowding: float
+    disturbed: bool
     process_bytes: int
     costs: Mapping[int, ModelCost | None]
 
@@ -52,6 +54,7 @@ class Profile:
             link=Link(**raw["link"]),
             engine_s=raw["engine_s"],
             crowding=raw["crowding"],
+            disturbed=raw["disturbed"],
             process_bytes=raw["process_bytes"],
             costs={int(rows): cost and _model_cost(cost) for rows, cost in raw["costs"].items()},
         )

@@ -1,6 +1,7 @@
 """What is left open is chosen: from a profile that is there, or from one that is measured."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipetrain.costs import LayerCost, Link, ModelCost, ValueCost
 from pipetrain.engine.local import run_ranks
 from pipetrain.errors import ConfigError, Exit
 from pipetrain.paths import RunPaths
+from pipetrain.planning.measuring import _Watch
 from pipetrain.planning.profiles import MeasuringFailed
 from pipetrain.planning.settle import settle
 from pipetrain.profile.store import Profile
@@ -27,7 +29,7 @@ def profile(rows: int) -> Profile:
     layers = [LayerCost(str(i), f, 2 * f, f, f, 0.0, 10, 40, 80, 100, 0, 100, 100) for i, f in enumerate(SECONDS)]
     values = [ValueCost(i, 10, (i + 1,) if i < 3 else (), (), has_gradient=True) for i in range(4)]
     cost = ModelCost(rows, tuple(layers), tuple(values))
-    return Profile({}, {"a cpu": 1e9}, {"a cpu": 1.0}, Link(1e-5, 1e9), 0.0, 1.0, 1000, {rows: cost})
+    return Profile({}, {"a cpu": 1e9}, {"a cpu": 1.0}, Link(1e-5, 1e9), 0.0, 1.0, False, 1000, {rows: cost})
 
 
 class Measuring:
@@ -232,3 +234,34 @@ def test_one_process_and_two_measure_each_for_themselves(tmp_path: Path) -> None
     for ranks in (1, 2, 1, 2, 4):
         settle(job_of(tmp_path, ranks, action="plan"), measuring, lambda text: None)
     assert measuring.calls == 2
+
+
+def test_what_was_measured_while_others_took_the_cores_is_not_kept(tmp_path: Path) -> None:
+    class Disturbed(Measuring):
+        def __call__(self, job: Job, worker: Any, argument: str, limit_s: float) -> int:
+            code = super().__call__(job, worker, argument, limit_s)
+            job.run.profile.write_text(dataclasses.replace(profile(1), disturbed=True).to_json())
+            return code
+
+    measuring = Disturbed()
+    for _ in range(2):
+        prediction = settle(job_of(tmp_path), measuring, lambda text: None).prediction
+        assert prediction is not None
+        assert prediction.warnings[-1].startswith(
+            "other processes took part of the cores while the layers were measured"
+        )
+    assert measuring.calls == 2
+    settle(job_of(tmp_path), Measuring(), lambda text: None)
+    settle(job_of(tmp_path), measuring, lambda text: None)
+    assert measuring.calls == 2
+
+
+def test_time_without_a_core_is_noticed() -> None:
+    alone, disturbed = _Watch(), _Watch()
+    with alone.running():
+        sum(range(2_000_000))
+    with disturbed.running():
+        sum(range(2_000_000))
+        time.sleep(1.0)
+    assert disturbed.waited_more_than(1.2)
+    assert not alone.waited_more_than(1000.0)

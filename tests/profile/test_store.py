@@ -14,6 +14,7 @@ PROFILE = Profile(
     link=Link(1e-5, 1e9),
     engine_s=1e-4,
     crowding=2.0,
+    disturbed=True,
     process_bytes=5,
     costs={
         4: ModelCost(
