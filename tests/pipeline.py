@@ -39,6 +39,7 @@ def build_runtime(
     autocast_dtype: torch.dtype | None = None,
     recomputes: Callable[[str], bool] = lambda name: True,
     narrow_messages: bool = False,
+    stale_weights: str = "stash",
 ) -> Runtime:
     """One stage on each rank where there is no placement."""
     here = [s for s, rank in enumerate(placement or range(len(balance))) if rank == transport.rank]
@@ -56,7 +57,15 @@ def build_runtime(
         for s in here
     ]
     ties = [Tie(tuple(uses)) for uses in stages_of_ties(recipe, balance)]
-    return Runtime(stages, len(balance), transport, CPU, ties=ties, narrow_messages=narrow_messages)
+    return Runtime(
+        stages,
+        len(balance),
+        transport,
+        CPU,
+        ties=ties,
+        narrow_messages=narrow_messages,
+        stale_weights=stale_weights,
+    )
 
 
 def _tuple(inputs: Tensor | tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:

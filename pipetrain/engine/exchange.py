@@ -21,8 +21,8 @@ _KEY_TAG, _STRUCTURE_TAG, _MISSING_TAG = 1 << 20, 1 << 21, 1 << 22
 # Gradients on their way to one rank before the oldest is waited for. The schedule was proven to run even if each send
 # blocked, so waiting is safe; and by then it has long left.
 _MOST_UNDER_WAY = 2
-# A forward or backward of (stage, peer, micro-batch), seen from the stage.
-_Message = tuple[Kind, int, int, int]
+# A forward or backward of (stage, peer, mini-batch, micro-batch), seen from the stage.
+_Message = tuple[Kind, int, int, int, int]
 
 
 class Exchange:
@@ -40,17 +40,17 @@ class Exchange:
         self._told_missing: set[tuple[int, int, int]] = set()
 
     def begin(self, schedule: Schedule) -> None:
-        """Starts a step."""
+        """Starts to run a schedule."""
         self._schedule = schedule
-        self._keys: list[int] = []
+        self._keys: dict[int, list[int]] = {}
         self._ready: dict[_Message, Tensor | None] = {}
         self._posted: dict[_Message, Posted] = {}
         self._values_sent: dict[_Message, Sent] = {}
         self._gradients_sent: deque[Sent] = deque()
         self._told_now: list[Sent] = []
 
-    def agree_on_keys(self, own: list[int] | None) -> list[int]:
-        """What kind each micro-batch of this step is; the rank of the first stage says it, each passes it on.
+    def say_keys(self, step: int, own: list[int] | None) -> None:
+        """Says of what kind each micro-batch of a mini-batch is; the rank of the first stage starts, each passes it on.
 
         Args:
             own: on that rank what it says.
@@ -62,8 +62,13 @@ class Exchange:
         keys = torch.tensor(own) if own is not None else self._transport.hear(room, ranks[place - 1], _KEY_TAG)
         if place + 1 < len(ranks):
             self._told_now.append(self._transport.tell(keys, ranks[place + 1], _KEY_TAG))
-        self._keys = [int(key) for key in keys]
-        return self._keys
+        self._keys[step] = [int(key) for key in keys]
+
+    def key(self, step: int, m: int) -> int:
+        """The kind of a micro-batch."""
+        if step not in self._keys:
+            self.say_keys(step, None)
+        return self._keys[step][m]
 
     def finish(self) -> None:
         """Waits until everything has left."""
@@ -72,52 +77,55 @@ class Exchange:
 
     # ---- around compute --------------------------------------------------------------------------------------
 
-    def make_ready(self, kind: Kind, s: int, m: int, values: Values) -> None:
+    def make_ready(self, action: Action, values: Values) -> None:
         """Packs what a forward or backward has made for other stages."""
+        kind, (s, m, step) = _direction(action), _of(action)
         for to in self._schedule.destinations(kind, s):
-            layout = self._layout(kind, m, s, to, of=s)
+            layout = self._layout(kind, action, s, to)
             if kind is Kind.BACKWARD:
-                self._note_missing(s, to, self._keys[m], layout, values)
-            self._ready[kind, s, to, m] = layout.pack(values, self._device)
+                self._note_missing(s, to, self.key(step, m), layout, values)
+            self._ready[kind, s, to, step, m] = layout.pack(values, self._device)
 
-    def collect(self, kind: Kind, s: int, m: int) -> Values:
+    def collect(self, action: Action) -> Values:
         """Unpacks what other stages have made for a forward or backward; waits for what is on its way."""
-        wiring, values, key = self._stages[s].wiring, Values(), self._keys[m]
+        kind, (s, m, step) = _direction(action), _of(action)
+        wiring, values, key = self._stages[s].wiring, Values(), self.key(step, m)
         for source in self._schedule.sources(kind, s):
             if source in self._stages:
-                message = self._ready.pop((kind, source, s, m))
+                message = self._ready.pop((kind, source, s, step, m))
                 if kind is Kind.FORWARD:
                     wiring.learn(key, self._stages[source].wiring.told(key, s))
             else:
-                posted = self._posted.pop((kind, s, source, m), None)
+                posted = self._posted.pop((kind, s, source, step, m), None)
                 message = None if posted is None else posted.wait()
-            layout = self._layout(kind, m, source, s, of=s)
+            layout = self._layout(kind, action, source, s)
             found = layout.unpack(message, self._device)
             values |= found if kind is Kind.FORWARD else self._without_missing(source, s, key, layout, found)
         return values
 
-    def retire(self, s: int, m: int) -> None:
+    def retire(self, action: Action) -> None:
         """Lets go of the values of a micro-batch whose gradients have come: they have arrived, so nothing blocks."""
+        s, m, step = _of(action)
         for to in self._schedule.destinations(Kind.FORWARD, s):
-            if (sent := self._values_sent.pop((Kind.FORWARD, s, to, m), None)) is not None:
+            if (sent := self._values_sent.pop((Kind.FORWARD, s, to, step, m), None)) is not None:
                 sent.wait()
 
     # ---- actions ---------------------------------------------------------------------------------------------
 
     def send_forward(self, action: Action) -> None:
         """Before the first message of a kind goes what its receiver must know of it."""
-        s, to, key = action.stage, action.peer, self._keys[action.microbatch]
+        s, to, key = action.stage, action.peer, self.key(action.step, action.microbatch)
         if (s, to, key) not in self._told:
             self._told.add((s, to, key))
             data = encode(self._stages[s].wiring.told(key, to))
             for part in (torch.tensor([len(data)]), data):
                 self._told_now.append(self._transport.tell(part, self._rank_of(to), _STRUCTURE_TAG + s))
         if (sent := self._send(Kind.FORWARD, action)) is not None:
-            self._values_sent[Kind.FORWARD, s, to, action.microbatch] = sent
+            self._values_sent[Kind.FORWARD, s, to, action.step, action.microbatch] = sent
 
     def receive_forward(self, action: Action) -> None:
         """Makes room for values; for the first of a kind their stage says first what they look like."""
-        s, source, key = action.stage, action.peer, self._keys[action.microbatch]
+        s, source, key = action.stage, action.peer, self.key(action.step, action.microbatch)
         if (source, s, key) not in self._heard:
             self._heard.add((source, s, key))
             rank, tag = self._rank_of(source), _STRUCTURE_TAG + source
@@ -128,8 +136,8 @@ class Exchange:
 
     def send_backward(self, action: Action) -> None:
         """With the first message of a kind goes which of its gradients do not exist."""
-        s, to, key = action.stage, action.peer, self._keys[action.microbatch]
-        layout = self._layout(Kind.BACKWARD, action.microbatch, s, to, of=s)
+        s, to, key = action.stage, action.peer, self.key(action.step, action.microbatch)
+        layout = self._layout(Kind.BACKWARD, action, s, to)
         if (s, to, key) not in self._told_missing and layout.parts:
             self._told_missing.add((s, to, key))
             missing = torch.tensor([place in self._missing[s, to, key] for place in range(len(layout.parts))])
@@ -143,22 +151,25 @@ class Exchange:
         """Makes room for gradients."""
         self._receive(Kind.BACKWARD, action)
 
-    def _layout(self, kind: Kind, m: int, from_stage: int, to_stage: int, *, of: int) -> Layout:
-        """What a message carries, as the stage `of` this rank knows it."""
+    def _layout(self, kind: Kind, action: Action, from_stage: int, to_stage: int) -> Layout:
+        """What a message carries, as the stage of the action knows it."""
         narrow = self._narrow and self._rank_of(from_stage) != self._rank_of(to_stage)
-        return self._stages[of].wiring.layout(kind, self._keys[m], from_stage, to_stage, narrow=narrow)
+        key = self.key(action.step, action.microbatch)
+        return self._stages[action.stage].wiring.layout(kind, key, from_stage, to_stage, narrow=narrow)
 
     def _send(self, kind: Kind, action: Action) -> Sent | None:
-        s, m, to = action.stage, action.microbatch, action.peer
-        message = self._ready.pop((kind, s, to, m))
-        return None if message is None else self._transport.send(message, self._rank_of(to), self._tag(kind, s, to, m))
+        (s, m, step), to = _of(action), action.peer
+        message = self._ready.pop((kind, s, to, step, m))
+        if message is None:
+            return None
+        return self._transport.send(message, self._rank_of(to), self._tag(kind, s, to, action))
 
     def _receive(self, kind: Kind, action: Action) -> None:
-        s, m, source = action.stage, action.microbatch, action.peer
-        wire = self._layout(kind, m, source, s, of=s).wire
+        (s, m, step), source = _of(action), action.peer
+        wire = self._layout(kind, action, source, s).wire
         if wire is not None:
-            tag = self._tag(kind, source, s, m)
-            self._posted[kind, s, source, m] = self._transport.post(wire, self._rank_of(source), tag)
+            tag = self._tag(kind, source, s, action)
+            self._posted[kind, s, source, step, m] = self._transport.post(wire, self._rank_of(source), tag)
 
     # ---- gradients that do not exist -------------------------------------------------------------------------
 
@@ -184,7 +195,17 @@ class Exchange:
     def _rank_of(self, stage: int) -> int:
         return self._schedule.placement[stage]
 
-    def _tag(self, kind: Kind, from_stage: int, to_stage: int, m: int) -> int:
-        """A number of its own for each message of a step."""
+    def _tag(self, kind: Kind, from_stage: int, to_stage: int, action: Action) -> int:
+        """A number of its own for each message that can be under way."""
         pair = from_stage * self._schedule.num_stages + to_stage
-        return (pair * self._schedule.num_microbatches + m) * 2 + (kind is Kind.BACKWARD)
+        turn = action.step % (2 * self._schedule.num_stages)  # no more mini-batches are in flight
+        place = (pair * 2 * self._schedule.num_stages + turn) * self._schedule.num_microbatches + action.microbatch
+        return place * 2 + (kind is Kind.BACKWARD)
+
+
+def _of(action: Action) -> tuple[int, int, int]:
+    return action.stage, action.microbatch, action.step
+
+
+def _direction(action: Action) -> Kind:
+    return Kind.FORWARD if action.kind is Kind.FORWARD else Kind.BACKWARD

@@ -1,20 +1,23 @@
-"""The one meeting of all ranks in a step: loss, gradient norm and measurements, added up in a single vector.
+"""The one meeting of all ranks in a step, or in a segment of a stale schedule: loss, gradient norm and measurements,
+added up in a single vector.
 
-Every entry is filled by one rank and zero on the others, so the sum is exact. The norm is then added up on every rank
-in the same order over the same numbers, one for each parameter of the unsplit model: it does not depend on the
-partitioning.
+Every entry is filled by one rank and zero on the others, so the sum is exact. The norm of a synchronous step is then
+added up on every rank in the same order over the same numbers, one for each parameter of the unsplit model: it does not
+depend on the partitioning.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
+from pipetrain.engine.joint_update import JointUpdate
 from pipetrain.engine.stage import Stage
 from pipetrain.engine.tied import Tie
 from pipetrain.engine.transport import Transport
-from pipetrain.schedule import Kind, Span
+from pipetrain.schedule import Kind, Schedule, Span
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,30 @@ class StepReport:
     requests: float
     stages: tuple[StageMeasures, ...]
     bad_stage: int | None
+
+
+@dataclass(frozen=True)
+class SegmentReport:
+    """What every rank knows after a segment of a stale schedule.
+
+    Attributes:
+        loss_sums, counts: of each mini-batch, as in `StepReport`.
+        squared_norms: [stage][mini-batch], of the gradients before clipping.
+        staleness: [stage][mini-batch], in updates.
+        stages: the measurements of every stage, over the whole segment.
+    """
+
+    loss_sums: tuple[float, ...]
+    counts: tuple[float, ...]
+    squared_norms: tuple[tuple[float, ...], ...]
+    staleness: tuple[tuple[int, ...], ...]
+    requests: float
+    stages: tuple[StageMeasures, ...]
+
+    def step(self, number: int) -> StepReport:
+        """As the report of one mini-batch."""
+        norm = math.sqrt(sum(of_stage[number] for of_stage in self.squared_norms))
+        return StepReport(self.loss_sums[number], self.counts[number], norm, self.requests, self.stages, None)
 
 
 class Reporter:
@@ -126,6 +153,47 @@ class Reporter:
             requests=float(scalars[2]),
             stages=tuple(StageMeasures(*row) for row in flat.reshape(measures.shape).tolist()),
             bad_stage=bad[0] if bad else None,
+        )
+
+    def reduce_segment(
+        self,
+        schedule: Schedule,
+        first_step: int,
+        losses: Sequence[tuple[float, int]],
+        updates: Sequence[JointUpdate],
+        request: float,
+        spans: Sequence[Span],
+        data_s: float,
+    ) -> SegmentReport:
+        """The same for a segment.
+
+        Args:
+            losses: loss sum and count of each mini-batch, on the rank of the last stage.
+            updates: that this rank made.
+        """
+        measures = torch.zeros(self._num_stages, len(fields(StageMeasures)), dtype=torch.float64)
+        for index in self._counted:
+            measured = astuple(self._measure(index, spans, spans, data_s))
+            measures[index] = torch.tensor(measured, dtype=torch.float64)
+        of_steps = torch.zeros(2 + 2 * self._num_stages, schedule.num_steps, dtype=torch.float64)
+        of_losses, norms, late = torch.split(of_steps, [2, self._num_stages, self._num_stages])
+        if losses:
+            of_losses[:] = torch.tensor(losses, dtype=torch.float64).T
+        for update in updates:
+            for stage, step in update.steps.items():
+                norms[stage, step - first_step] = update.squared_norms[stage]
+                late[stage, step - first_step] = update.staleness[stage]
+        scalar = torch.tensor([request], dtype=torch.float64)
+        reduced = self._transport.all_reduce(torch.cat([scalar, measures.flatten(), of_steps.flatten()]))
+        scalar, flat, flat_steps = torch.split(reduced, [1, measures.numel(), of_steps.numel()])
+        rows = flat_steps.reshape(of_steps.shape).tolist()
+        return SegmentReport(
+            loss_sums=tuple(rows[0]),
+            counts=tuple(rows[1]),
+            squared_norms=tuple(map(tuple, rows[2 : 2 + self._num_stages])),
+            staleness=tuple(tuple(map(int, row)) for row in rows[2 + self._num_stages :]),
+            requests=float(scalar),
+            stages=tuple(StageMeasures(*row) for row in flat.reshape(measures.shape).tolist()),
         )
 
     def _squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -37,7 +37,11 @@ class _InFlight:
 
 
 class Stage:
-    """Runs forward, recompute and backward of single micro-batches. Knows nothing of ranks or messages."""
+    """Runs forward, recompute and backward of single micro-batches. Knows nothing of ranks or messages.
+
+    Attributes:
+        step: the mini-batch of the micro-batches that are named next.
+    """
 
     def __init__(
         self,
@@ -79,7 +83,7 @@ class Stage:
         self._all = [*self.layers, Layer("loss", "loss.", self._loss)] if self._loss is not None else self.layers
         self._first = dataflow.stage_of.index(index)
         self._recomputed = {number for number, layer in enumerate(self._all, self._first) if recomputes(layer.name)}
-        self._in_flight: dict[int, _InFlight] = {}
+        self._in_flight: dict[tuple[int, int], _InFlight] = {}  # by step and micro-batch
         self._came_training = [(m, m.training) for layer in self.layers for m in layer.module.modules()]
         self._trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         for layer in self.layers:
@@ -153,14 +157,14 @@ class Stage:
         """
         state = _InFlight(key, targets)
         if for_backward:
-            self._in_flight[microbatch] = state
+            self._in_flight[self.step, microbatch] = state
         self._count_statistics(microbatch if for_backward else None)
         values = self._run(microbatch, inputs, state, for_backward, keep_graph=keep_graph)
         return values
 
     def recompute(self, microbatch: int) -> None:
         """Runs forwards again to have their graphs."""
-        state = self._in_flight[microbatch]
+        state = self._in_flight[self.step, microbatch]
         self._count_statistics(None)
         self._run(microbatch, state.inputs, state, with_graph=True, again=True)
         state.inputs, state.own = {}, {}
@@ -176,9 +180,9 @@ class Stage:
             The gradients, as summed so far, of the values that came from other stages. A value that the loss does not
             depend on has none: behind a `detach` plain PyTorch leaves `.grad` None, and optimizers heed that.
         """
-        state = self._in_flight[microbatch]
+        state = self._in_flight[self.step, microbatch]
         if not split:
-            del self._in_flight[microbatch]
+            del self._in_flight[self.step, microbatch]
         self._count_statistics(None)
         for number in sorted(state.graphs, reverse=True):
             inputs, graph = state.graphs[number] if split else state.graphs.pop(number)
@@ -191,7 +195,7 @@ class Stage:
 
     def backward_weight(self, microbatch: int) -> None:
         """Adds to the `.grad` of all parameters, after a `backward` that was split."""
-        graphs = self._in_flight.pop(microbatch).graphs
+        graphs = self._in_flight.pop((self.step, microbatch)).graphs
         self._count_statistics(None)
         for number in sorted(graphs, reverse=True):
             self.random.before_backward(self.step, microbatch)

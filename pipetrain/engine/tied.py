@@ -34,9 +34,10 @@ def share_memory(ties: Sequence[Tie], parameters: dict[str, nn.Parameter]) -> No
             other.data = here[0].data
 
 
-def followers(ties: Sequence[Tie], parameters: dict[str, nn.Parameter]) -> set[str]:
-    """The uses in this process that an optimizer must leave alone: their memory belongs to an earlier use."""
-    return {name for tie in ties for name in [n for n, _ in tie.uses if n in parameters][1:]}
+def own_names(ties: Sequence[Tie], parameters: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Each name -> the one whose memory it has, which is the one that an optimizer steps: its first use here."""
+    here = [[name for name, _ in tie.uses if name in parameters] for tie in ties]
+    return {name: name for name in parameters} | {name: uses[0] for uses in here for name in uses}
 
 
 def sum_gradients(

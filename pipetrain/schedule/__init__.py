@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pipetrain.errors import ScheduleError
@@ -11,6 +12,8 @@ from pipetrain.schedule.dataflow import BATCH, Dataflow, Take
 from pipetrain.schedule.messages import add_messages
 from pipetrain.schedule.recompute import ALWAYS, EXCEPT_LAST, NEVER, POLICIES, SELECTIVE, add_recompute
 from pipetrain.schedule.show import grid
+from pipetrain.schedule.stale import bounded, ouroboros, pipedream, pipedream_2bw
+from pipetrain.schedule.staleness import joint_updates, staleness, versions
 from pipetrain.schedule.synchronous import forward_only, gpipe, gpipe_lifo, interleaved, looped_bfs, one_f_one_b
 from pipetrain.schedule.timeline import Span, bubble_fraction, timeline
 from pipetrain.schedule.verify import peak_in_flight, verify, verify_compute, verify_messages
@@ -48,6 +51,31 @@ SCHEDULES = {
     "zb_h1": Family(zb_h1, most=None),
     "zb_v": Family(zb_v, usual=2, fewest=2, most=2),
 }
+
+
+@dataclass(frozen=True)
+class StaleFamily:
+    """A stale schedule for every size.
+
+    Attributes:
+        generate: a function of (ranks, micro-batches, mini-batches).
+        extra: stages more than ranks.
+    """
+
+    generate: Callable[[int, int, int], Schedule]
+    extra: int = 0
+
+    def num_stages(self, num_ranks: int) -> int:
+        return num_ranks + self.extra
+
+
+STALE = {
+    "ouroboros": StaleFamily(ouroboros, extra=1),
+    "pipedream": StaleFamily(pipedream),
+    "pipedream_2bw": StaleFamily(pipedream_2bw),
+    "bounded": StaleFamily(bounded),
+}
+LOCKED = StaleFamily(partial(ouroboros, locked=True), extra=1)  # schedule=ouroboros with stale.tied=locked
 NO_SKIPS = Skips()
 
 
@@ -107,7 +135,31 @@ def build(
         ScheduleError: if the schedule is not sound.
     """
     usual = 1 if is_file(name) else SCHEDULES[name].usual
-    compute = replace(generate(name, num_ranks, num_microbatches, stages_per_rank or usual), skips=skips)
+    return _complete(generate(name, num_ranks, num_microbatches, stages_per_rank or usual), recompute, skips)
+
+
+def build_stale(
+    family: StaleFamily,
+    num_ranks: int,
+    num_microbatches: int,
+    num_steps: int,
+    *,
+    recompute: str | Sequence[str],
+    skips: Skips = NO_SKIPS,
+) -> Schedule:
+    """The schedule of a segment with everything in it, verified.
+
+    Args:
+        num_steps: mini-batches of the segment.
+
+    Raises:
+        ScheduleError: if the schedule is not sound.
+    """
+    return _complete(family.generate(num_ranks, num_microbatches, num_steps), recompute, skips)
+
+
+def _complete(compute: Schedule, recompute: str | Sequence[str], skips: Skips) -> Schedule:
+    compute = replace(compute, skips=skips)
     policies = [recompute] * compute.num_stages if isinstance(recompute, str) else recompute
     return verify_messages(add_messages(verify_compute(add_recompute(compute, policies))))
 
@@ -127,11 +179,13 @@ __all__ = [
     "BATCH",
     "EXCEPT_LAST",
     "INPUT_GRADIENTS",
+    "LOCKED",
     "MESSAGES",
     "NEVER",
     "POLICIES",
     "SCHEDULES",
     "SELECTIVE",
+    "STALE",
     "WEIGHT_GRADIENTS",
     "Action",
     "Dataflow",
@@ -140,18 +194,23 @@ __all__ = [
     "Schedule",
     "Skips",
     "Span",
+    "StaleFamily",
     "Take",
     "bubble_fraction",
     "build",
     "build_forward_only",
+    "build_stale",
     "forward_only_like",
     "generate",
     "grid",
     "is_file",
+    "joint_updates",
     "peak_in_flight",
     "read_csv",
     "read_file",
+    "staleness",
     "timeline",
     "verify",
+    "versions",
     "write_csv",
 ]

@@ -15,7 +15,8 @@ M = number of micro-batches. Stages, micro-batches, ranks and steps count from 0
     SEND_B   hand the gradient of B or I to the previous stage 2SEND_B0
     RECV_B   post the receive of the next stage's gradient     2RECV_B0
 
-A message between stages that are not neighbours (a skip) names the other one: 0>2SEND_F0 and 2<0RECV_F0.
+A message between stages that are not neighbours (a skip) names the other one: 0>2SEND_F0 and 2<0RECV_F0. Where a
+schedule has several mini-batches, all but the first one are named: 2F0@1, 2U@1.
 
 A generator (`synchronous`, `zero_bubble`) or a file (`csv_file`) gives compute actions only; the passes in `recompute`
 and `messages` add the rest. The same object is then verified, simulated, drawn and executed: an order is never written
@@ -60,7 +61,7 @@ SENDS = frozenset({Kind.SEND_FORWARD, Kind.SEND_BACKWARD})
 INPUT_GRADIENTS = frozenset({Kind.BACKWARD, Kind.BACKWARD_INPUT})
 WEIGHT_GRADIENTS = frozenset({Kind.BACKWARD, Kind.BACKWARD_WEIGHT})
 
-_TEXT = re.compile(r"(\d+)(?:[<>](\d+))?(SEND_F|RECV_F|SEND_B|RECV_B|F|R|B|I|W|U)(\d*)")
+_TEXT = re.compile(r"(\d+)(?:[<>](\d+))?(SEND_F|RECV_F|SEND_B|RECV_B|F|R|B|I|W|U)(\d*)(?:@(\d+))?")
 
 
 class Action(NamedTuple):
@@ -89,7 +90,8 @@ class Action(NamedTuple):
 
     def __str__(self) -> str:
         arrow = "" if self.skips_to is None else f"{'>' if self.kind in SENDS else '<'}{self.skips_to}"
-        return f"{self.stage}{arrow}{self.kind.value}" + ("" if self.microbatch < 0 else str(self.microbatch))
+        number = "" if self.microbatch < 0 else str(self.microbatch)
+        return f"{self.stage}{arrow}{self.kind.value}{number}" + (f"@{self.step}" if self.step else "")
 
     @staticmethod
     def parse(text: str) -> "Action":
@@ -103,7 +105,8 @@ class Action(NamedTuple):
             raise ScheduleError(
                 f"{text!r} is no action; expected <stage><kind><micro-batch>, such as 2F0, 1SEND_F3 or 2U"
             )
-        return Action(Kind(match[3]), int(match[1]), int(match[4] or -1), skips_to=int(match[2]) if match[2] else None)
+        skips_to = int(match[2]) if match[2] else None
+        return Action(Kind(match[3]), int(match[1]), int(match[4] or -1), int(match[5] or 0), skips_to)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,11 @@ class Skips:
 class Schedule:
     """The ordered work of every rank, and the rank on which each stage lives.
 
-    `str` draws it as a grid.
+    Attributes:
+        num_microbatches: of each mini-batch.
+        num_steps: mini-batches.
+        waits: whether all ranks meet before an update, as a synchronous schedule wants it: for the norm of the whole
+            gradient, and for the weights that stages on several ranks share.
     """
 
     name: str
@@ -130,6 +137,8 @@ class Schedule:
     placement: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
     skips: Skips = Skips()
+    num_steps: int = 1
+    waits: bool = True
 
     @property
     def num_stages(self) -> int:
@@ -179,5 +188,6 @@ class Schedule:
     def digest(self) -> str:
         """SHA-256 of the canonical text; ranks that are to run together must agree on it."""
         rows = [" ".join(map(str, row)) for row in self.actions]
-        text = "\n".join([self.name, str(self.num_microbatches), str(self.placement), str(self.skips), *rows])
+        head = self.num_microbatches, self.num_steps, self.waits, self.placement, self.skips
+        text = "\n".join([self.name, *map(str, head), *rows])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from pipetrain.schedule.action import Kind
-from pipetrain.schedule.timeline import Span
+from pipetrain.schedule.timeline import Span, numbers
 
 _COLOURS = {
     Kind.FORWARD: "#7aa6d6",
@@ -27,7 +27,8 @@ _LEAST_TEXT = 13  # pixels that a box must be wide to hold its number
 
 
 def svg(panels: Mapping[str, Sequence[Span]], placement: Sequence[int], width: int = 1000) -> str:
-    """One panel below the other, on one time scale: a row for each rank, a box for each action with its micro-batch.
+    """One panel below the other, on one time scale: a row for each rank, a box for each action with its micro-batch,
+    numbered through all mini-batches.
 
     Where a rank has several stages, later ones are darker.
 
@@ -50,7 +51,7 @@ def svg(panels: Mapping[str, Sequence[Span]], placement: Sequence[int], width: i
             body.append(
                 f'<rect x="{_LEFT}" y="{y + 1}" width="{longest * scale:.1f}" height="{_ROW - 2}" fill="#f4f4f4"/>'
             )
-        body += [_box(span, top + _TITLE, placement, scale) for span in spans]
+        body += [_box(span, number, top + _TITLE, placement, scale) for span, number in _numbered(spans)]
     kinds = [kind for kind in _COLOURS if any(s.action.kind is kind for spans in panels.values() for s in spans)]
     height = len(panels) * panel_height + _LEGEND
     for place, kind in enumerate(kinds):
@@ -69,7 +70,12 @@ def svg(panels: Mapping[str, Sequence[Span]], placement: Sequence[int], width: i
     )
 
 
-def _box(span: Span, top: int, placement: Sequence[int], scale: float) -> str:
+def _numbered(spans: Sequence[Span]) -> list[tuple[Span, int]]:
+    number_of = numbers(spans)
+    return [(span, number_of[span.action]) for span in spans]
+
+
+def _box(span: Span, number: int, top: int, placement: Sequence[int], scale: float) -> str:
     action = span.action
     rank = placement[action.stage]
     before = sum(home == rank for home in placement[: action.stage])
@@ -85,7 +91,7 @@ def _box(span: Span, top: int, placement: Sequence[int], scale: float) -> str:
         )
     if wide >= _LEAST_TEXT and action.microbatch >= 0:
         colour = "white" if before else "black"
-        box += f'<text x="{x + wide / 2:.1f}" y="{y + 15}" class="number" fill="{colour}">{action.microbatch}</text>'
+        box += f'<text x="{x + wide / 2:.1f}" y="{y + 15}" class="number" fill="{colour}">{number}</text>'
     return box
 
 

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from pipetrain.schedule.action import Action, Kind, Schedule
-from pipetrain.schedule.timeline import Span, timeline
+from pipetrain.schedule.timeline import Span, numbers, timeline
 
 
 def grid(schedule: Schedule) -> str:
     """Draws who does what when, one row for each rank, one column for the time of one forward.
 
-    A backward takes two columns; a dot is a column in which the rank waits.
+    A backward takes two columns; a dot is a column in which the rank waits. Micro-batches are numbered through.
     """
     return draw(timeline(schedule), schedule.placement)
 
@@ -18,9 +18,7 @@ def draw(spans: Sequence[Span], placement: Sequence[int], column_s: float = 1.0)
     """Draws spans as text, `column_s` seconds a column. Updates are left out: they have no length here."""
     shown = [span for span in spans if span.action.kind is not Kind.UPDATE]
     several = len(set(placement)) < len(placement)
-    labels = {
-        span.action: str(span.action) if several else str(span.action)[len(str(span.action.stage)) :] for span in shown
-    }
+    labels = {a: f"{a.stage if several else ''}{a.kind.value}{number}" for a, number in numbers(shown).items()}
     width = max(map(len, labels.values()), default=1) + 1
     columns = max((round(span.end_s / column_s) for span in shown), default=0)
     rows = [["."] * columns for _ in range(max(placement) + 1)]

@@ -47,6 +47,7 @@ class Dependencies:
     def __init__(self, schedule: Schedule) -> None:
         self._last_stage = schedule.num_stages - 1
         self._everything = set(schedule)
+        self._waits = schedule.waits
         # A rank's last gradient stands for all that it has: actions of one rank keep their order.
         lasts = ([a for a in row if a.kind in WEIGHT_GRADIENTS][-1:] for row in schedule.actions)
         self._last_gradients = [action for last in lasts for action in last]
@@ -64,7 +65,8 @@ class Dependencies:
             return [own, self._input_gradient(s + 1, m, step)] if s < self._last_stage else [own]
         if action.kind is Kind.BACKWARD_WEIGHT:
             return [Action(Kind.BACKWARD_INPUT, s, m, step)]
-        return self._last_gradients  # a synchronous update waits for all gradients: their norm is global
+        # A synchronous update waits for all gradients, since their norm is global; another stands behind its own.
+        return self._last_gradients if self._waits else []
 
     def _input_gradient(self, s: int, m: int, step: int) -> Action:
         half = Action(Kind.BACKWARD_INPUT, s, m, step)
@@ -129,6 +131,13 @@ def _ready_at(
         between_stages = producer.stage != consumer.stage and consumer.kind is not Kind.UPDATE
         ready = max(ready, ended[producer] + (delay(producer, consumer) if between_stages else 0.0))
     return ready
+
+
+def numbers(spans: Iterable[Span]) -> dict[Action, int]:
+    """The micro-batch of each action as drawings number it: through all mini-batches."""
+    actions = [span.action for span in spans]
+    num_microbatches = max((action.microbatch for action in actions), default=0) + 1
+    return {action: action.step * num_microbatches + action.microbatch for action in actions}
 
 
 def bubble_fraction(spans: Sequence[Span], num_ranks: int) -> float:

@@ -3,10 +3,11 @@
 Checked: every action is once on the rank of its stage; every micro-batch goes forward once through every stage and, in
 a training schedule, back once, whole or in two halves; a recompute stands between its forward and its backward; all
 stages add up their gradients in one order of micro-batches (so weights do not depend on the cut); each stage updates
-once, after its last gradient; messages come in pairs; and nothing ever waits for ever, even if every send and receive
-blocked until its partner is there.
+once for each mini-batch, in their order and after its last gradient; messages come in pairs; and nothing ever waits for
+ever, even if every send and receive blocked until its partner is there.
 """
 
+import itertools
 from collections import Counter
 
 from pipetrain.errors import ScheduleError
@@ -77,6 +78,8 @@ def _check_places(schedule: Schedule) -> None:
                 raise _fail(schedule, f"{action} stands on rank {rank}, where its stage does not live", action)
             if action.kind is not Kind.UPDATE and not 0 <= action.microbatch < schedule.num_microbatches:
                 raise _fail(schedule, f"{action} names none of the {schedule.num_microbatches} micro-batches", action)
+            if not 0 <= action.step < schedule.num_steps:
+                raise _fail(schedule, f"{action} names none of the {schedule.num_steps} mini-batches", action)
 
 
 def _check_once_each(schedule: Schedule) -> None:
@@ -85,34 +88,33 @@ def _check_once_each(schedule: Schedule) -> None:
         if times > 1:
             raise _fail(schedule, f"{action} stands {times} times", action)
     training = any(action.kind in WEIGHT_GRADIENTS or action.kind is Kind.UPDATE for action in schedule)
-    for s in range(schedule.num_stages):
+    for s, step in itertools.product(range(schedule.num_stages), range(schedule.num_steps)):
+        wanted = [Action(Kind.UPDATE, s, step=step)] * training
         for m in range(schedule.num_microbatches):
-            wanted = [Action(Kind.FORWARD, s, m)] + _backwards(count, s, m) * training
-            for action in wanted:
-                if action not in count:
-                    raise _fail(schedule, f"{action} is missing", action)
-        if training and Action(Kind.UPDATE, s) not in count:
-            raise _fail(schedule, f"{Action(Kind.UPDATE, s)} is missing", Action(Kind.UPDATE, s))
+            wanted += [Action(Kind.FORWARD, s, m, step)] + _backwards(count, s, m, step) * training
+        for action in wanted:
+            if action not in count:
+                raise _fail(schedule, f"{action} is missing", action)
     for action in count:
-        whole = Action(Kind.BACKWARD, action.stage, action.microbatch)
+        whole = action._replace(kind=Kind.BACKWARD)
         if action.kind in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) and whole in count:
             raise _fail(schedule, f"{action} is a half of {whole}, which stands there too", action, whole)
 
 
-def _backwards(count: Counter[Action], s: int, m: int) -> list[Action]:
+def _backwards(count: Counter[Action], s: int, m: int, step: int) -> list[Action]:
     """The whole backward, or both halves if there is one of them."""
-    halves = [Action(Kind.BACKWARD_INPUT, s, m), Action(Kind.BACKWARD_WEIGHT, s, m)]
-    return halves if any(half in count for half in halves) else [Action(Kind.BACKWARD, s, m)]
+    halves = [Action(Kind.BACKWARD_INPUT, s, m, step), Action(Kind.BACKWARD_WEIGHT, s, m, step)]
+    return halves if any(half in count for half in halves) else [Action(Kind.BACKWARD, s, m, step)]
 
 
 def _check_stage_order(schedule: Schedule) -> None:
     for row in schedule.actions:
         seen: set[Action] = set()
         for action in row:
-            kind, s, m = action.kind, action.stage, action.microbatch
+            kind, update = action.kind, Action(Kind.UPDATE, action.stage, step=action.step)
 
-            def is_behind(other: Kind, s: int = s, m: int = m, seen: set[Action] = seen) -> bool:
-                return Action(other, s, m) in seen
+            def is_behind(other: Kind, action: Action = action, seen: set[Action] = seen) -> bool:
+                return action._replace(kind=other) in seen
 
             if kind is Kind.RECOMPUTE and (
                 not is_behind(Kind.FORWARD) or is_behind(Kind.BACKWARD) or is_behind(Kind.BACKWARD_INPUT)
@@ -121,9 +123,11 @@ def _check_stage_order(schedule: Schedule) -> None:
             if kind in INPUT_GRADIENTS and not is_behind(Kind.FORWARD):
                 raise _fail(schedule, f"{action} stands before its forward", action)
             if kind is Kind.BACKWARD_WEIGHT and not is_behind(Kind.BACKWARD_INPUT):
-                raise _fail(schedule, f"{action} stands before {Action(Kind.BACKWARD_INPUT, s, m)}", action)
-            if (kind is Kind.FORWARD or kind in WEIGHT_GRADIENTS) and Action(Kind.UPDATE, s) in seen:
+                raise _fail(schedule, f"{action} stands before {action._replace(kind=Kind.BACKWARD_INPUT)}", action)
+            if (kind is Kind.FORWARD or kind in WEIGHT_GRADIENTS) and update in seen:
                 raise _fail(schedule, f"{action} stands behind the update of its stage", action)
+            if kind is Kind.UPDATE and action.step > 0 and action._replace(step=action.step - 1) not in seen:
+                raise _fail(schedule, f"{action} stands before the update of the mini-batch before it", action)
             seen.add(action)
 
 
@@ -134,11 +138,11 @@ def _check_gradient_order(schedule: Schedule) -> None:
             orders.setdefault(action.stage, []).append(action)
     for stage in sorted(orders):
         for action, first in zip(orders[stage], orders[0], strict=True):
-            if action.microbatch != first.microbatch:
+            if (action.step, action.microbatch) != (first.step, first.microbatch):
                 raise _fail(
                     schedule,
-                    f"{action} is out of order: stage 0 has the gradients of micro-batch {first.microbatch} next, and "
-                    "all stages must add them up in the same order",
+                    f"{action} is out of order: stage 0 has the gradients of {first} next, and all stages must add "
+                    "them up in the same order",
                     action,
                 )
 

@@ -302,7 +302,7 @@ def test_recompute_keeps_inputs_only_and_sees_the_same_dropout() -> None:
         return stage.forward(microbatch, inputs, targets=(), key=1, for_backward=True, keep_graph=keep_graph)[1, 0]
 
     assert not torch.equal(forward(0, False), forward(1, True)), "another micro-batch, another mask"
-    assert not stage._in_flight[0].graphs
+    assert not stage._in_flight[0, 0].graphs
     stage.recompute(0)
     stage.backward(0, {(1, 0): torch.ones(4, 8)})
     recomputed = {name: p.grad.clone() for name, p in stage.named_parameters()}

@@ -72,7 +72,7 @@ def test_the_culprit_has_an_arrow() -> None:
 
 
 def test_gradients_in_another_order_than_on_the_first_stage_are_refused() -> None:
-    with pytest.raises(ScheduleError, match="2B1 is out of order: stage 0 has the gradients of micro-batch 0 next"):
+    with pytest.raises(ScheduleError, match="2B1 is out of order: stage 0 has the gradients of 0B0 next"):
         verify(broken(swap(2, "2B0", "2B1"), recompute="never"))
 
 
