@@ -11,11 +11,12 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipetrain.schedule import POLICIES, SCHEDULES, is_file, read_file
+from pipetrain.schedule import LOCKED, POLICIES, SCHEDULES, STALE, StaleFamily, is_file, read_file
 
 MAX_DEFAULT_MICRO_BATCHES = 16
 AUTO = "auto"
 PLANNED = ("schedule", "micro_batches", "recompute", "partitions", "balance")  # what AUTO leaves to the planner
+ONE_MICRO_BATCH = ("ouroboros", "pipedream")  # schedules with an update after every one
 BALANCES = (AUTO, "even", "least_variance")  # the rules; the others are lists
 MIN_DEFAULT_SAMPLES = 4  # in a micro-batch of a model with BatchNorm, which normalises each by itself
 
@@ -176,6 +177,22 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class StaleConfig:
+    weights: str = setting(
+        "what a backward sees under a stale schedule: stash (the weights of its forward, kept) | replay (the newest, "
+        "with its forward run again) | current (the newest, with the old activations)",
+        "stash",
+    )
+    tied: str = setting(
+        "ouroboros, a matrix that embedding and head share: free (each takes the newest) | locked (both the same, as "
+        "the paper has it: forwards wait for each other)",
+        "free",
+    )
+    warmup_steps: int = setting("synchronous steps before the stale ones", 0)
+    drain_every: int = setting("steps between two moments at which the pipeline is empty", 100)
+
+
+@dataclass(kw_only=True)
 class CheckConfig:
     steps: int = setting("action=check: compare so many steps", 3)
 
@@ -219,8 +236,8 @@ class Config:
     data: DataConfig = setting("the data", "???")
     devices: Any = setting("4 | auto | cpu | cpu:4 | cuda:1 | [0,1] | [cuda:0,cuda:1]", "auto")
     partitions: Any = setting(
-        "number of stages | null (one for each device, for interleaved, looped_bfs and zb_v two) | auto (one or "
-        "several for each, whatever is fastest)",
+        "number of stages | null (one for each device; for interleaved, looped_bfs and zb_v two; for ouroboros one "
+        "more than devices) | auto (one or several for each, whatever is fastest)",
         None,
     )
     balance: Any = setting(
@@ -230,11 +247,15 @@ class Config:
     )
     batch_size: int = setting("samples in one mini-batch", 16)
     micro_batches: Any = setting(
-        "pieces of a mini-batch | null (min(16, batch_size), of amoebanet a quarter) | auto (whatever is fastest)", None
+        "pieces of a mini-batch | null (min(16, batch_size), of amoebanet a quarter; one for ouroboros and pipedream) "
+        "| auto (whatever is fastest)",
+        None,
     )
     schedule: str = setting(
         "order of the pipeline's work: "
         + " | ".join(SCHEDULES)
+        + "; stale, with no waiting: "
+        + " | ".join(STALE)
         + " | auto (whatever is fastest) | the path of a .csv file",
         "gpipe",
     )
@@ -271,6 +292,7 @@ class Config:
     )
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "evaluation"})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata={"help": "checkpoints"})
+    stale: StaleConfig = field(default_factory=StaleConfig, metadata={"help": "stale schedules"})
     check: CheckConfig = field(default_factory=CheckConfig, metadata={"help": "comparison"})
     plan: PlanConfig = field(default_factory=PlanConfig, metadata={"help": "planning"})
     init_from: str | None = setting("a run folder whose weights this run starts from, where names and shapes fit", None)
@@ -304,6 +326,7 @@ def from_json(text: str) -> Config:
     raw["lr_rule"] = LrRuleConfig(**raw["lr_rule"])
     raw["eval"] = EvalConfig(**raw["eval"])
     raw["checkpoint"] = CheckpointConfig(**raw["checkpoint"])
+    raw["stale"] = StaleConfig(**raw["stale"])
     raw["check"] = CheckConfig(**raw["check"])
     raw["plan"] = PlanConfig(**raw["plan"])
     if raw["plan"].device is not None:
@@ -320,6 +343,8 @@ def num_microbatches(cfg: Config) -> int:
         return int(cfg.micro_batches)
     if is_file(cfg.schedule):
         return read_file(cfg.schedule).num_microbatches
+    if cfg.schedule in ONE_MICRO_BATCH:
+        return 1
     return min(MAX_DEFAULT_MICRO_BATCHES, max(1, cfg.batch_size // least_samples(cfg)))
 
 
@@ -332,14 +357,23 @@ def num_stages(cfg: Config, num_ranks: int) -> int:
     """Stages of the whole pipeline: the partitions asked for, or as many on each rank as the schedule usually has."""
     if is_file(cfg.schedule):
         return read_file(cfg.schedule).num_stages
-    return int(cfg.partitions) if is_number(cfg.partitions) else num_ranks * _usual_stages(cfg)
+    if is_number(cfg.partitions):
+        return int(cfg.partitions)
+    family = STALE.get(cfg.schedule)
+    return num_ranks * _usual_stages(cfg) if family is None else family.num_stages(num_ranks)
 
 
 def wanted_ranks(cfg: Config) -> int | None:
     """How many ranks `devices=auto` should give, where the partitions or a file of the schedule say it."""
     if is_file(cfg.schedule):
         return read_file(cfg.schedule).num_ranks
-    return max(1, cfg.partitions // _usual_stages(cfg)) if is_number(cfg.partitions) else None
+    extra = STALE[cfg.schedule].extra if cfg.schedule in STALE else 0
+    return max(1, (cfg.partitions - extra) // _usual_stages(cfg)) if is_number(cfg.partitions) else None
+
+
+def stale_family(cfg: Config) -> StaleFamily | None:
+    """Of a stale schedule."""
+    return LOCKED if (cfg.schedule, cfg.stale.tied) == ("ouroboros", "locked") else STALE.get(cfg.schedule)
 
 
 def _usual_stages(cfg: Config) -> int:

@@ -19,7 +19,7 @@ from pipetrain.planning.settle import settle
 from pipetrain.schedule import Schedule, generate, timeline
 from pipetrain.schedule.picture import svg
 from pipetrain.torchrun import Place
-from pipetrain.training.build import balance_of, build_recipe, build_schedule
+from pipetrain.training.build import balance_of, build_recipe, build_schedule, steps_drawn
 from pipetrain.training.plan import Plan, drawn, make_plan
 
 
@@ -85,7 +85,7 @@ def _planned(cfg: Config, run: RunPaths, count: int | None) -> tuple[Plan, Sched
     num_ranks = len(job.devices)
     balance = balance_of(job.cfg, len(recipe.layers), num_stages(job.cfg, num_ranks))
     if count is None:
-        schedule = build_schedule(job.cfg, recipe, balance, num_ranks)
+        schedule = build_schedule(job.cfg, recipe, balance, num_ranks, steps_drawn(job.cfg, len(balance)))
     else:  # nobody will run or draw it: messages and proofs of millions of actions can be left out
         each = len(balance) // num_ranks
         schedule = generate(job.cfg.schedule, num_ranks, num_microbatches(job.cfg), each)

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
-from pipetrain.config import AUTO, PLANNED, Config, is_number, least_samples, num_microbatches, num_stages
+from pipetrain.config import AUTO, PLANNED, Config, is_number, least_samples, num_microbatches, num_stages, stale_family
 from pipetrain.errors import ConfigError
 from pipetrain.schedule import ALWAYS, EXCEPT_LAST, NEVER, SCHEDULES, is_file
 from pipetrain.sim.forecast import LEAST_VARIANCE, Choice
@@ -38,15 +38,16 @@ def choices(cfg: Config, num_ranks: int, num_layers: int) -> list[Choice]:
     schedules = _SCHEDULES if cfg.schedule == AUTO else (cfg.schedule,)
     wanted = [cfg.recompute] if cfg.recompute != AUTO else list(_RECOMPUTE)
     balance = tuple(cfg.balance) if isinstance(cfg.balance, list) else cfg.balance
+    num_steps = cfg.stale.drain_every if stale_family(cfg) else 1
     lengths = {len(value) for value in (cfg.balance, cfg.recompute) if isinstance(value, list)}
     found = [
-        Choice(schedule, each, m, tuple(recompute) if isinstance(recompute, list) else recompute, balance)
+        Choice(schedule, each, m, tuple(recompute) if isinstance(recompute, list) else recompute, balance, num_steps)
         for schedule in schedules
         for each in _stages_per_rank(cfg, schedule, num_ranks)
         for m, recompute in itertools.product(_microbatches(cfg, num_ranks), wanted)
         # Under gpipe the last stage has all its micro-batches in flight like the others: the exception changes nothing.
         if not (cfg.recompute == AUTO and schedule == "gpipe" and recompute == EXCEPT_LAST)
-        if each * num_ranks <= num_layers and lengths <= {each * num_ranks}
+        if _num_stages(cfg, each, num_ranks) <= num_layers and lengths <= {_num_stages(cfg, each, num_ranks)}
     ]
     if not found:
         raise ConfigError(
@@ -57,7 +58,14 @@ def choices(cfg: Config, num_ranks: int, num_layers: int) -> list[Choice]:
     return found
 
 
+def _num_stages(cfg: Config, stages_per_rank: int, num_ranks: int) -> int:
+    return num_stages(cfg, num_ranks) if stale_family(cfg) else stages_per_rank * num_ranks
+
+
 def _stages_per_rank(cfg: Config, schedule: str, num_ranks: int) -> Iterator[int]:
+    if stale_family(cfg):
+        yield 1
+        return
     if is_file(schedule) or is_number(cfg.partitions):
         tried = [num_stages(cfg, num_ranks) // num_ranks]
     else:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from pipetrain.config import AUTO, TextConfig, num_microbatches
 from pipetrain.costs import Device
+from pipetrain.engine.versions import STASH
 from pipetrain.errors import ConfigError
 from pipetrain.models import Recipe
 from pipetrain.planning.choices import choices, left_open
@@ -178,6 +179,7 @@ def _setting(job: Job, recipe: Recipe, profile: Profile) -> Setting:
         selected=tuple(is_recomputed(cfg, SELECTIVE, layer.name) for layer in recipe.layers),
         engine_s=profile.engine_s,
         process_bytes=profile.process_bytes,
+        stashes=cfg.stale.weights == STASH,
     )
 
 

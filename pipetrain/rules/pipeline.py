@@ -15,15 +15,16 @@ from pipetrain.config import (
 )
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, ScheduleError
+from pipetrain.rules.stale import check_stale
 from pipetrain.rules.words import shown
-from pipetrain.schedule import POLICIES, SCHEDULES, SELECTIVE, build, is_file, read_file
+from pipetrain.schedule import POLICIES, SCHEDULES, SELECTIVE, STALE, build, is_file, read_file
 from pipetrain.suggest import one_of
 
 
 def check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems: list[str]) -> None:
     """Adds what is wrong with the settings by themselves."""
-    if not is_file(cfg.schedule) and cfg.schedule not in (*SCHEDULES, AUTO):
-        known = one_of(cfg.schedule, (*SCHEDULES, AUTO))
+    if not is_file(cfg.schedule) and cfg.schedule not in (*SCHEDULES, *STALE, AUTO):
+        known = one_of(cfg.schedule, (*SCHEDULES, *STALE, AUTO))
         problems.append(f"schedule={cfg.schedule}: no such choice. {known}, or the path of a file that ends in .csv")
         return
     if world_size is not None and world_size < 1:
@@ -34,7 +35,9 @@ def check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems:
         )
     except ConfigError as error:
         problems.append(str(error))
+        check_stale(cfg, 0, problems)
     else:
+        check_stale(cfg, len(devices), problems)
         if world_size is not None and cfg.devices not in ("auto", "cpu"):
             problems.append(
                 f"devices={cfg.devices}, but torchrun started {world_size} processes and chooses the devices; "
@@ -65,6 +68,10 @@ def _check_stages(cfg: Config, num_ranks: int, problems: list[str]) -> None:
     if is_file(cfg.schedule):
         if problem := _file_problem(cfg, num_ranks):
             problems.append(problem)
+            return
+    elif cfg.schedule in STALE:
+        if num_stages(cfg, num_ranks) != STALE[cfg.schedule].num_stages(num_ranks):
+            problems.append(_wrong_stages(cfg, num_ranks))
             return
     elif cfg.schedule == AUTO:
         if is_number(cfg.partitions) and cfg.partitions % num_ranks:
@@ -102,6 +109,18 @@ def _check_stages(cfg: Config, num_ranks: int, problems: list[str]) -> None:
             f"use {use}a list of {number}, or balance=even"
         )
     _check_recompute(cfg, number, problems)
+
+
+def _wrong_stages(cfg: Config, num_ranks: int) -> str:
+    family = STALE[cfg.schedule]
+    rule = (
+        "one stage more than devices: the first device has the first and the last one" if family.extra else "one each"
+    )
+    return (
+        f"partitions={cfg.partitions}, but schedule={cfg.schedule} runs {rule}, and there are {num_ranks} devices; use "
+        f"partitions={family.num_stages(num_ranks)} or leave partitions out, or devices="
+        f"{max(1, num_stages(cfg, num_ranks) - family.extra)}"
+    )
 
 
 def _file_problem(cfg: Config, num_ranks: int) -> str | None:
@@ -189,7 +208,7 @@ def _key_of_stages(cfg: Config) -> str:
 def _what_makes_stages(cfg: Config) -> str:
     if is_number(cfg.partitions):
         return f"partitions={cfg.partitions}"
-    usual = cfg.schedule == AUTO or is_file(cfg.schedule) or SCHEDULES[cfg.schedule].usual == 1
+    usual = num_stages(cfg, 1) == 1
     devices = f"plan.devices={shown(cfg.plan.devices)}" if cfg.plan.devices else f"devices={cfg.devices}"
     return devices + ("" if usual else f" with schedule={cfg.schedule}")
 

@@ -84,12 +84,17 @@ def is_file(name: str) -> bool:
     return name.endswith(".csv")
 
 
-def generate(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
+def generate(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int, num_steps: int = 1) -> Schedule:
     """The compute of a schedule: a generator's, or a file's as it is.
+
+    Args:
+        num_steps: mini-batches of a stale schedule.
 
     Raises:
         ScheduleError: if a file cannot be read, is not sound, or is for other numbers.
     """
+    if name in STALE:
+        return STALE[name].generate(num_ranks, num_microbatches, num_steps)
     if not is_file(name):
         return SCHEDULES[name].generate(num_ranks, num_microbatches, stages_per_rank)
     schedule = verify_compute(read_file(name))

@@ -39,24 +39,24 @@ def account(schedule: Schedule, costs: Sequence[StageCost], step_s: float, data_
     """
     Args:
         costs: of each stage, measured or predicted.
-        step_s: of the whole step, data and update among it.
+        step_s: of the whole step, data and update among it; of a stale schedule on average.
     """
     counts = Counter((action.stage, action.kind) for action in schedule)
-    stages = range(schedule.num_stages)
+    stages, per_step = range(schedule.num_stages), 1 / schedule.num_steps
 
     def total(kind: Kind, seconds: Sequence[float]) -> float:
-        return sum(counts[stage, kind] * seconds[stage] for stage in stages)
+        return per_step * sum(counts[stage, kind] * seconds[stage] for stage in stages)
 
     forward_s = total(Kind.FORWARD, [cost.forward_s for cost in costs])
     recompute_s = total(Kind.RECOMPUTE, [cost.recompute_s for cost in costs])
     input_s = sum(total(kind, [cost.backward_s for cost in costs]) for kind in INPUT_GRADIENTS)
     weight_s = total(Kind.BACKWARD_WEIGHT, [cost.backward_weight_s for cost in costs])
-    number = Counter(action.kind for action in schedule)
+    number = {kind: per_step * count for kind, count in Counter(action.kind for action in schedule).items()}
     equal = StageCost(
         forward_s=forward_s / number[Kind.FORWARD],
-        backward_s=input_s / sum(number[kind] for kind in INPUT_GRADIENTS),
-        backward_weight_s=weight_s / max(1, number[Kind.BACKWARD_WEIGHT]),
-        recompute_s=recompute_s / max(1, number[Kind.RECOMPUTE]),
+        backward_s=input_s / sum(number.get(kind, 0) for kind in INPUT_GRADIENTS),
+        backward_weight_s=weight_s / number.get(Kind.BACKWARD_WEIGHT, 1),
+        recompute_s=recompute_s / number.get(Kind.RECOMPUTE, 1),
     )
     own_s = _makespan_s(schedule, [replace(cost, update_s=0.0) for cost in costs])
     equal_s = _makespan_s(schedule, [equal] * schedule.num_stages)
@@ -75,4 +75,4 @@ def account(schedule: Schedule, costs: Sequence[StageCost], step_s: float, data_
 
 
 def _makespan_s(schedule: Schedule, costs: Sequence[StageCost]) -> float:
-    return simulate(schedule, costs)[-1].end_s
+    return simulate(schedule, costs)[-1].end_s / schedule.num_steps

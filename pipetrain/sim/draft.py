@@ -1,6 +1,7 @@
 """A draft of every choice: its best balance, and what a step would take by closed form."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -142,15 +143,17 @@ def _seconds(layer: LayerCost, is_recomputed: bool, split: bool) -> float:
 
 
 def seats_of(setting: Setting, model: ModelCost, choice: Choice) -> list[Seat]:
-    """For each stage its rank's device, of whose memory the stages on it have equal shares."""
-    each, schedule = choice.stages_per_rank, compute_of(setting, choice)
+    """For each stage its rank's device, of whose time and memory the stages on it have equal shares."""
+    schedule = compute_of(setting, choice)
+    shared = Counter(schedule.placement)
+    fewest = min(shared.values())
     working = max(max(layer.forward_bytes, layer.backward_bytes) for layer in model.layers)
     policies = _policies(setting, choice)
     chains = {p: _chain(setting, model, schedule.is_split, p) for p in {*policies} - {policies[0]}}
     return [
         Seat(
-            slowness=setting.devices[rank].slowness,
-            memory_bytes=(setting.devices[rank].memory_bytes - setting.process_bytes - working) / each,
+            slowness=setting.devices[rank].slowness * shared[rank] / fewest,
+            memory_bytes=(setting.devices[rank].memory_bytes - setting.process_bytes - working) / shared[rank],
             in_flight=in_flight,
             layers=chains.get(policy),
         )
@@ -159,7 +162,8 @@ def seats_of(setting: Setting, model: ModelCost, choice: Choice) -> list[Seat]:
 
 
 def _estimate_s(setting: Setting, model: ModelCost, choice: Choice, balance: Sequence[int]) -> float:
-    """The slowest rank at work all the time, and the way of the first micro-batch to it and of the last one from it.
+    """The slowest rank at work all the time, and the way of the first micro-batch to it and of the last one from it,
+    which the steps of a stale schedule share.
 
     That way is a (K - 1) / K of a micro-batch's through the whole model, a V-th of it where a rank has V stages, and a
     third of that where backwards are split (where forwards and halves take as long).
@@ -172,12 +176,12 @@ def _estimate_s(setting: Setting, model: ModelCost, choice: Choice, balance: Seq
     for rank, seat, end, number, policy in stages:
         actions = 2 + (policy != NEVER) + schedule.is_split  # of a micro-batch
         seconds = (seat.layers or chain).seconds[end - number : end]
-        busy_s[rank] += seat.slowness * sum(seconds) + actions * setting.engine_s
-    slowest = max(seat.slowness for seat in seats)
+        busy_s[rank] += setting.devices[rank].slowness * sum(seconds) + actions * setting.engine_s
+    slowest = max(device.slowness for device in setting.devices)
     through_s = sum(layer.forward_s + layer.backward_s for layer in model.layers) * slowest
     between_s = setting.link.latency_s + setting.engine_s
     way_s = (through_s + 2 * len(balance) * between_s) * (num_ranks - 1) / num_ranks / each
-    return choice.num_microbatches * max(busy_s) + way_s / (3 if schedule.is_split else 1)
+    return choice.num_microbatches * max(busy_s) + way_s / (3 if schedule.is_split else choice.num_steps)
 
 
 def _all_turn_round(schedule: Schedule) -> bool:
@@ -185,4 +189,4 @@ def _all_turn_round(schedule: Schedule) -> bool:
     last = schedule.num_stages - 1
     row = schedule.actions[schedule.placement[last]]
     turning = [b for a, b in pairwise(row) if a.kind is Kind.FORWARD and a.stage == last and b[1:] == a[1:]]
-    return len(turning) == schedule.num_microbatches
+    return len(turning) == schedule.num_microbatches * schedule.num_steps

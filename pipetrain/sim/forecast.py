@@ -21,6 +21,7 @@ class Choice:
 
     Attributes:
         recompute: a policy for all stages, or one for each.
+        num_steps: mini-batches between two drains, under a stale schedule.
         balance: layers of each stage, or how to find them: auto, even, least_variance.
     """
 
@@ -29,6 +30,7 @@ class Choice:
     num_microbatches: int
     recompute: str | tuple[str, ...]
     balance: str | tuple[int, ...] = AUTO
+    num_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Setting:
         selected: for each layer, whether recompute=selective runs it again.
         engine_s: what every action takes beside its layers; it counts as waiting.
         process_bytes: what a rank holds before it has built its stage.
+        stashes: whether stale schedules keep the weights of forwards for their backwards.
     """
 
     model: Callable[[int], ModelCost]
@@ -83,6 +86,7 @@ class Setting:
     selected: tuple[bool, ...]
     engine_s: float = 0.0
     process_bytes: int = 0
+    stashes: bool = True
 
     def model_of(self, num_microbatches: int) -> ModelCost:
         """Bytes of the largest of so many micro-batches, and their seconds on average."""
@@ -110,7 +114,7 @@ def _mean(large: LayerCost, small: LayerCost, share: float) -> LayerCost:
 
 
 def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Forecast:
-    """Simulates one step, and walks through its memory."""
+    """Simulates one step, or the steps between two drains, and walks through the memory."""
     schedule = schedule_of(setting, choice, balance)
     cut = _cut(setting, choice, balance)
     homes = [setting.devices[rank] for rank in schedule.placement]
@@ -120,9 +124,10 @@ def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Fore
     for span in spans:
         own_s = 0.0 if span.action.kind is Kind.UPDATE else setting.engine_s
         busy_s[schedule.placement[span.action.stage]] += span.seconds - own_s
-    used = memory(schedule, cut.bytes())
+    used = memory(schedule, cut.bytes(), stashes=setting.stashes)
     needs = _rank_bytes(setting, schedule, used)
-    step_s = max(span.end_s for span in spans)
+    step_s = max(span.end_s for span in spans) / schedule.num_steps
+    busy_s = [seconds / schedule.num_steps for seconds in busy_s]
     return Forecast(
         choice=choice,
         balance=balance,
@@ -155,7 +160,7 @@ def fits(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> bool:
 def rank_bytes(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> list[int]:
     """What each rank holds in its fullest moment."""
     schedule = schedule_of(setting, choice, balance)
-    used = memory(schedule, _cut(setting, choice, balance).bytes())
+    used = memory(schedule, _cut(setting, choice, balance).bytes(), stashes=setting.stashes)
     return _rank_bytes(setting, schedule, used)
 
 
@@ -199,9 +204,10 @@ def _pieces(values: Sequence[bool], balance: Sequence[int]) -> list[Sequence[boo
 
 def compute_of(setting: Setting, choice: Choice) -> Schedule:
     """The same without them."""
-    return _compute(choice.schedule, len(setting.devices), choice.num_microbatches, choice.stages_per_rank)
+    sizes = len(setting.devices), choice.num_microbatches, choice.stages_per_rank, choice.num_steps
+    return _compute(choice.schedule, *sizes)
 
 
 @lru_cache(maxsize=8)
-def _compute(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
-    return generate(name, num_ranks, num_microbatches, stages_per_rank)
+def _compute(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int, num_steps: int) -> Schedule:
+    return generate(name, num_ranks, num_microbatches, stages_per_rank, num_steps)

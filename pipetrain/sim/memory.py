@@ -37,17 +37,20 @@ class Memory:
         return Memory(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-def memory(schedule: Schedule, stages: Sequence[StageBytes]) -> list[Memory]:
+def memory(schedule: Schedule, stages: Sequence[StageBytes], *, stashes: bool = True) -> list[Memory]:
     """What each stage holds in the fullest moment of its rank.
 
     Args:
         schedule: with or without messages: what a forward sends to another rank is held until gradients come back, and
             room for what comes next is made one action ahead.
+        stashes: whether the weights of a forward are kept for its backward.
     """
     found = [Memory()] * schedule.num_stages
     recomputed = {action._replace(kind=Kind.FORWARD) for action in schedule if action.kind is Kind.RECOMPUTE}
     for rank in range(schedule.num_ranks):
-        own = {s: _StageNow(stages[s], recomputed, *_has_others(schedule, s)) for s in schedule.stages_of(rank)}
+        own = {
+            s: _StageNow(stages[s], recomputed, stashes, *_has_others(schedule, s)) for s in schedule.stages_of(rank)
+        }
         fullest = -1
         for action in schedule.actions[rank]:
             if action.kind in MESSAGES:
@@ -73,13 +76,14 @@ def _has_others(schedule: Schedule, stage: int) -> tuple[bool, bool]:
 class _StageNow:
     """What one stage holds while its rank's actions are walked through."""
 
-    def __init__(self, stage: StageBytes, recomputed: Set[Action], receives: bool, sends: bool) -> None:
+    def __init__(self, stage: StageBytes, recomputed: Set[Action], stashes: bool, receives: bool, sends: bool) -> None:
         """
         Args:
             recomputed: the forwards that are run again.
+            stashes: whether the weights of a forward are kept for its backward.
             receives, sends: whether the stages before and behind it are on other ranks.
         """
-        self._stage, self._recomputed = stage, recomputed
+        self._stage, self._recomputed, self._stashes = stage, recomputed, stashes
         self._posted, self._sends = stage.inputs * receives, sends
         self._has_gradients = False
         self._held: dict[tuple[int, int], tuple[int, int]] = {}  # by each of them: in flight, recomputed
@@ -107,7 +111,7 @@ class _StageNow:
 
     def _versions(self) -> int:
         """Of the versions that micro-batches in flight have seen, all but the newest are copies."""
-        return self._stage.parameters * (len(self._users) - (self._updates in self._users))
+        return self._stashes * self._stage.parameters * (len(self._users) - (self._updates in self._users))
 
     def begin(self, action: Action) -> None:
         """The moment in the middle of an action."""

@@ -34,7 +34,7 @@ def plans(setting: Setting, choices: Sequence[Choice]) -> list[Forecast]:
     actions = 0
     with no_garbage_collection():
         for draft in _promising(drafts(setting, choices)):
-            actions += 4 * len(draft.balance) * draft.choice.num_microbatches
+            actions += _actions(draft.choice, len(draft.balance))
             if found and actions > _MOST_ACTIONS:
                 break
             found.append(forecast(setting, draft.choice, draft.balance))
@@ -65,7 +65,8 @@ def _all_improved(setting: Setting, found: Sequence[Forecast]) -> list[Forecast]
     for each in ordered:
         choice = each.choice
         is_in_reach = not best.fits or each.step_s <= _IN_REACH * best.step_s
-        if choice.balance == AUTO and choice.stages_per_rank > 1 and is_in_reach:
+        has_several = len(each.balance) > len(setting.devices)
+        if choice.balance == AUTO and has_several and is_in_reach:
             each, left = _improved(setting, each, left)
         improved.append(each)
     return improved
@@ -81,7 +82,7 @@ def _improved(setting: Setting, given: Forecast, left: int) -> tuple[Forecast, i
         The best balance that was found, and the actions that are left.
     """
     num_layers, num_stages = sum(given.balance), len(given.balance)
-    actions = 4 * given.choice.num_microbatches * num_stages
+    actions = _actions(given.choice, num_stages)
     best = min(given, forecast(setting, given.choice, even(num_layers, num_stages)), key=_order)
     size = max(1, num_layers // num_stages // 4)
     while size:
@@ -95,6 +96,10 @@ def _improved(setting: Setting, given: Forecast, left: int) -> tuple[Forecast, i
         else:
             size //= 2
     return best, left
+
+
+def _actions(choice: Choice, num_stages: int) -> int:
+    return 4 * num_stages * choice.num_microbatches * choice.num_steps
 
 
 def _order(each: Forecast) -> tuple[bool, float]:

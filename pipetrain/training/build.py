@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from pipetrain import models, schedule
-from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, TextConfig, num_microbatches
+from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, TextConfig, num_microbatches, stale_family
 from pipetrain.data.text import TokenFolder
 from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.stage import Stage
@@ -63,16 +63,31 @@ def ties_of(recipe: Recipe, balance: Sequence[int]) -> list[Tie]:
     return [Tie(tuple(uses)) for uses in stages_of_ties(recipe, balance)]
 
 
-def build_schedule(cfg: Config, recipe: Recipe, balance: Sequence[int], num_ranks: int) -> Schedule:
-    """The schedule of a training step."""
+def build_schedule(
+    cfg: Config, recipe: Recipe, balance: Sequence[int], num_ranks: int, num_steps: int | None = None
+) -> Schedule:
+    """The schedule of a training step, or of a segment of a stale one.
+
+    Args:
+        num_steps: mini-batches of the segment; None is a whole one.
+    """
+    recompute, skips = _policies(cfg, recipe, balance), dataflow_of(recipe, balance).skips()
+    if family := stale_family(cfg):
+        number = num_steps or cfg.stale.drain_every
+        return schedule.build_stale(family, num_ranks, num_microbatches(cfg), number, recompute=recompute, skips=skips)
     return schedule.build(
         cfg.schedule,
         num_ranks,
         num_microbatches(cfg),
         stages_per_rank=len(balance) // num_ranks,
-        recompute=_policies(cfg, recipe, balance),
-        skips=dataflow_of(recipe, balance).skips(),
+        recompute=recompute,
+        skips=skips,
     )
+
+
+def steps_drawn(cfg: Config, num_stages: int) -> int:
+    """Mini-batches of a segment that is short enough to be looked at, with some of them in the steady state."""
+    return min(cfg.stale.drain_every, num_stages + 3)
 
 
 def _policies(cfg: Config, recipe: Recipe, balance: Sequence[int]) -> list[str]:
@@ -122,6 +137,7 @@ def build_runtime(
         ties=ties,
         memory_bytes=_memory_meter(device),
         narrow_messages=cfg.messages == "bf16",
+        stale_weights=cfg.stale.weights,
     )
 
 

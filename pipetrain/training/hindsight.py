@@ -19,20 +19,24 @@ class Hindsight:
     """Collects what steps took."""
 
     def __init__(self, prediction: Prediction, schedule: Schedule) -> None:
-        self._prediction, self._schedule = prediction, schedule
+        self._prediction, self._num_microbatches = prediction, schedule.num_microbatches
         self._seen: dict[str, list[float]] = {}
         self._memory_bytes = [0.0] * schedule.num_ranks
         self._steps = 0
 
-    def note(self, step_s: float, stages: Sequence[StageMeasures]) -> None:
-        """Takes one step."""
+    def note(self, step_s: float, stages: Sequence[StageMeasures], schedule: Schedule) -> None:
+        """Takes one step.
+
+        Args:
+            stages: measured over all steps of the schedule that the step was one of.
+        """
         self._steps += 1
-        for stage, rank in zip(stages, self._schedule.placement, strict=True):
+        for stage, rank in zip(stages, schedule.placement, strict=True):
             self._memory_bytes[rank] = stage.memory_bytes
         if self._steps == 1:
             return
-        found = {"step_s": step_s, **asdict(measured_accounts(stages, self._schedule, step_s))}
-        for number, cost in enumerate(measured_costs(stages, self._schedule)):
+        found = {"step_s": step_s, **asdict(measured_accounts(stages, schedule, step_s))}
+        for number, cost in enumerate(measured_costs(stages, schedule)):
             found[f"stage {number}'s forward"] = cost.forward_s
             found[f"stage {number}'s backward"] = cost.backward_s + cost.backward_weight_s
         for what, value in found.items():
@@ -60,7 +64,7 @@ class Hindsight:
 
     def _surprise(self, measured: Mapping[str, float]) -> str:
         """By what it means for the step: all micro-batches of a stage go through it one after the other."""
-        said, number_of_turns = self._prediction, self._schedule.num_microbatches
+        said, number_of_turns = self._prediction, self._num_microbatches
         predicted = {name: said.accounts[name] for name in _BETWEEN}
         for number, stage in enumerate(said.stages):
             predicted[f"stage {number}'s forward"] = stage.forward_s

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import time
 from enum import IntEnum
 from functools import partial
 
@@ -13,13 +12,12 @@ from pipetrain import config
 from pipetrain.config import num_stages
 from pipetrain.data.images.sets import ImageSet
 from pipetrain.data.text import TokenFolder
-from pipetrain.engine.loss import Tensors
+from pipetrain.engine.minibatch import MiniBatch
 from pipetrain.engine.report import StepReport
 from pipetrain.engine.transport import Transport
-from pipetrain.errors import Exit, NonFiniteError, PipetrainError, StageFailed
-from pipetrain.schedule import forward_only_like
+from pipetrain.errors import Exit, PipetrainError, StageFailed
 from pipetrain.training import checkpoint, init_from, state, status
-from pipetrain.training.build import balance_of, build_recipe, build_runtime, build_schedule, ties_of
+from pipetrain.training.build import balance_of, build_recipe, build_runtime, build_schedule, steps_drawn, ties_of
 from pipetrain.training.console import Console
 from pipetrain.training.data import open_data, part_of_batch
 from pipetrain.training.ema import WeightAverage
@@ -29,10 +27,11 @@ from pipetrain.training.job import Job
 from pipetrain.training.measured import pipeline_values
 from pipetrain.training.memory import memory_advice
 from pipetrain.training.metrics import Metrics, compared_settings
-from pipetrain.training.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from pipetrain.training.optim import build_optimizer, learning_rate
 from pipetrain.training.plan import drawn, make_plan
 from pipetrain.training.record import Recorder
-from pipetrain.training.trace import gather_spans, start_together, write_trace
+from pipetrain.training.stale import StaleSteps
+from pipetrain.training.steps import Advance, Pieces, Steps, SynchronousSteps
 
 
 class Request(IntEnum):
@@ -81,15 +80,14 @@ class Trainer:
         self.step = 0
         self._loss_val: float | None = None
         self._requests = 0.0
-        self._finite = True
 
         recipe = self.recipe = build_recipe(cfg, job.data)
         balance = self.balance = balance_of(cfg, len(recipe.layers), num_stages(cfg, transport.num_ranks))
         self.ties = ties_of(recipe, balance)
-        self.schedule = build_schedule(cfg, recipe, balance, transport.num_ranks)
+        self._build_schedule = partial(build_schedule, cfg, recipe, balance, transport.num_ranks)
+        self.schedule = self._build_schedule()
         self.runtime = build_runtime(cfg, recipe, balance, self.schedule, transport, device)
-        self.program = self.runtime.prepare(self.schedule)
-        self.optimizer = build_optimizer(cfg.optimizer, self.runtime.own_parameters)
+        self.optimizer = build_optimizer(cfg.optimizer, self.runtime.own_parameters, stage_of=self._stage_of())
         self.data = open_data(cfg, job.data, "train")
         self.last_step = cfg.steps or (cfg.epochs or 0) * self.data.num_batches
         self.average = self._start()
@@ -97,6 +95,7 @@ class Trainer:
         self.hindsight = Hindsight(job.prediction, self.schedule) if job.prediction is not None else None
         first, last = (stage in self.runtime.stages for stage in (0, len(balance) - 1))
         self._batch = partial(part_of_batch, cfg, device, first=first, last=last)
+        self.steps = self._steps()
         self.evaluator = Evaluator(self.runtime, recipe, self.schedule, self._batch)
         parameters = self._count_parameters()
         plan = make_plan(self.schedule, job.devices, recipe, balance, parameters, cfg.recompute, job.prediction)
@@ -107,7 +106,7 @@ class Trainer:
             counted = "tokens" if isinstance(job.data, TokenFolder) else "samples"
             job.run.plan.write_text(plan.to_json())
             self.console = Console(self.step, self.last_step, counted=counted, quiet=job.record)
-            for line in (*plan.table(), *drawn(self.schedule)):
+            for line in (*plan.table(), *drawn(self._build_schedule(steps_drawn(cfg, len(balance))))):
                 self.console.say(line)
             self.metrics = Metrics(job.run, self.console, compared_settings(cfg, balance), self.step)
             self.metrics.text("config", f"```json\n{config.to_json(cfg)}\n```")
@@ -127,17 +126,48 @@ class Trainer:
             state.restore_average(reader, average, self.ties)
         return average
 
+    def _stage_of(self) -> dict[str, int | None]:
+        """Of each parameter of this rank, where its stages update by themselves; None for one that several share."""
+        if self.schedule.waits:
+            return {}
+        tied = {name for tie in self.ties for name, _ in tie.uses if len({stage for _, stage in tie.uses}) > 1}
+        names = {index: [name for name, _ in stage.named_parameters()] for index, stage in self.runtime.stages.items()}
+        return {name: None if name in tied else index for index in names for name in names[index]}
+
+    def _steps(self) -> Steps:
+        pieces = Pieces(
+            job=self.job,
+            recipe=self.recipe,
+            balance=self.balance,
+            schedule=self.schedule,
+            runtime=self.runtime,
+            optimizer=self.optimizer,
+            average=self.average,
+            fetch=self._fetch,
+            recorder=self.recorder,
+        )
+        return (
+            SynchronousSteps(pieces)
+            if self.schedule.waits
+            else StaleSteps(pieces, self._build_schedule, self.last_step)
+        )
+
+    def _fetch(self, step: int) -> MiniBatch:
+        inputs, targets = self._batch(self.data, step)
+        return MiniBatch(inputs, targets, self.recipe.count(targets) if targets is not None else 0)
+
     # ---- the loop --------------------------------------------------------------------------------------------
 
     def run(self) -> Exit:
         """Goes on from the current step to the last one."""
         self._write_status("running", None)
         while self.step < self.last_step:
-            report, step_s = self._train_one_step()
-            self.step += 1
+            advance = self.steps.advance(self.step, float(self.signals.request))
+            for report in advance.reports:
+                self.step += 1
+                self._log(report, advance)
             self._record(report)
             last = self.step == self.last_step
-            self._log(report, step_s, last)
             save = last or self._due(self.cfg.checkpoint.every)
             self._requests, self._loss_val = report.requests, None
             # A checkpoint is compared by its validation loss; a signal does not wait for one.
@@ -163,68 +193,6 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
-
-    def _train_one_step(self) -> tuple[StepReport, float]:
-        started = time.perf_counter()
-        inputs, targets = self._batch(self.data, self.step)
-        data_s = time.perf_counter() - started
-        self._finite = True
-        is_traced = self.cfg.trace_every > 0 and (self.step + 1) % self.cfg.trace_every == 0
-        if is_traced:
-            start_together(self.transport)
-        report = self.runtime.train_step(
-            self.program,
-            self.step,
-            inputs,
-            targets,
-            total=self.recipe.count(targets) if targets is not None else 0,
-            update=self._update,
-            request=float(self.signals.request),
-            data_s=data_s,
-        )
-        if not self._finite:
-            self._explain_non_finite(report, inputs, targets)
-        if is_traced:
-            spans = gather_spans(self.schedule, self.runtime.spans, self.transport)
-            if self.metrics is not None:
-                write_trace(self.job.run, self.step + 1, self.schedule, spans)
-        return report, time.perf_counter() - started
-
-    def _update(self, report: StepReport) -> None:
-        """Called by the runtime once the gradients of all stages are there."""
-        self._finite = math.isfinite(report.loss_sum) and math.isfinite(report.grad_norm)
-        if not self._finite:
-            return
-        if self.recorder is not None:
-            self.recorder.before_clipping(self.runtime.parameters)
-        clip_gradients(self.runtime.own_parameters.values(), report.grad_norm, self.cfg.grad_clip)
-        if self.recorder is not None:
-            self.recorder.after_clipping(self.runtime.parameters)
-        set_learning_rate(self.optimizer, learning_rate(self.cfg.optimizer.lr, self.cfg.lr_rule, self.step))
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.step + 1)
-
-    def _explain_non_finite(self, report: StepReport, inputs: Tensors | None, targets: Tensors | None) -> None:
-        """Repeats the forwards of the failed step, which gives the same numbers, and looks where it began."""
-        program = self.runtime.prepare(forward_only_like(self.schedule, self.schedule.num_microbatches))
-        found = self.runtime.find_non_finite(program, self.step, inputs, targets)
-        if found is not None:
-            stage, place, microbatch = found
-            names = [layer.name for layer in self.recipe.layers] + ["loss"]
-            layer = names[sum(self.balance[:stage]) + place]
-            where = f"the output of layer {layer}, stage {stage}, micro-batch {microbatch}"
-        else:
-            where = f"a gradient on stage {report.bad_stage}, while all forward values are finite"
-        kept = checkpoint.newest(self.job.run.checkpoints)
-        raise NonFiniteError(
-            f"step {self.step + 1}: NaN or infinity first appears in {where}. The weights were not updated; "
-            + (f"the checkpoint of step {kept[0]} is kept. " if kept else "there is no checkpoint yet. ")
-            + f"Try a lower optimizer.lr (now {self.cfg.optimizer.lr:g}), a longer lr_rule.warmup_steps "
-            f"(now {self.cfg.lr_rule.warmup_steps}), logit_clip=20, "
-            + ("precision=fp32, " if self.cfg.precision == "bf16" else "")
-            + f"or a smaller grad_clip (now {self.cfg.grad_clip})"
-        )
 
     def _exit_asked_for(self) -> Exit | None:
         """What the signals of all ranks together ask for; the same on every rank."""
@@ -254,13 +222,14 @@ class Trainer:
             optimizer={name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)} | averages,
         )
 
-    def _log(self, report: StepReport, step_s: float, last: bool) -> None:
+    def _log(self, report: StepReport, advance: Advance) -> None:
         if self.metrics is None or self.console is None:
             return
+        step_s = advance.seconds / len(advance.reports)
         if self.hindsight is not None:
-            self.hindsight.note(step_s, report.stages)
+            self.hindsight.note(step_s, report.stages, advance.schedule)
         self.console.tick(self.step, report.loss_sum / report.count, report.count / step_s)
-        if not (last or self.step == 1 or self._due(self.cfg.log_every)):
+        if not (self.step in (1, self.last_step) or self._due(self.cfg.log_every)):
             return
         values = {
             "loss/train": report.loss_sum / report.count,
@@ -276,7 +245,7 @@ class Trainer:
         if self.job.prediction is not None:
             values["predicted/step_s"] = self.job.prediction.step_s
             values["predicted/bubble"] = self.job.prediction.bubble_fraction
-        self.metrics.log(self.step, values | pipeline_values(report.stages, self.schedule, step_s))
+        self.metrics.log(self.step, values | pipeline_values(report.stages, advance.schedule, step_s))
         self._write_status("running", None)
 
     def _evaluate(self) -> None:

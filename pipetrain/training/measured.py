@@ -12,7 +12,11 @@ from pipetrain.sim.simulate import simulate
 
 
 def measured_costs(stages: Sequence[StageMeasures], schedule: Schedule) -> list[StageCost]:
-    """Seconds of one action of each kind, on average, and of the update of the step before."""
+    """Seconds of one action of each kind, on average, and of the updates of a step.
+
+    Args:
+        stages: measured over all steps of the schedule.
+    """
     counts = Counter((action.stage, action.kind) for action in schedule)
 
     def each(seconds: float, stage: int, *kinds: Kind) -> float:
@@ -24,15 +28,16 @@ def measured_costs(stages: Sequence[StageMeasures], schedule: Schedule) -> list[
             backward_s=each(measured.backward_s, s, *INPUT_GRADIENTS),
             backward_weight_s=each(measured.backward_weight_s, s, Kind.BACKWARD_WEIGHT),
             recompute_s=each(measured.recompute_s, s, Kind.RECOMPUTE),
-            update_s=measured.update_s,
+            update_s=measured.update_s / schedule.num_steps,
         )
         for s, measured in enumerate(stages)
     ]
 
 
 def measured_accounts(stages: Sequence[StageMeasures], schedule: Schedule, step_s: float) -> Accounts:
-    """Where the seconds of a step went."""
-    return account(schedule, measured_costs(stages, schedule), step_s, data_s=max(stage.data_s for stage in stages))
+    """Where the seconds of a step went, on average over those of the schedule."""
+    data_s = max(stage.data_s for stage in stages) / schedule.num_steps
+    return account(schedule, measured_costs(stages, schedule), step_s, data_s=data_s)
 
 
 def pipeline_values(stages: Sequence[StageMeasures], schedule: Schedule, step_s: float) -> dict[str, float]:
@@ -46,10 +51,10 @@ def pipeline_values(stages: Sequence[StageMeasures], schedule: Schedule, step_s:
     }
     values |= {f"time/{name}": s for name, s in asdict(measured_accounts(stages, schedule, step_s)).items()}
     for index, stage in enumerate(stages):
-        values[f"stage_{index}/forward_s"] = stage.forward_s
-        values[f"stage_{index}/recompute_s"] = stage.recompute_s
-        values[f"stage_{index}/backward_s"] = stage.backward_s + stage.backward_weight_s
-        values[f"stage_{index}/wait_s"] = makespan_s - busy_s[schedule.placement[index]]
+        values[f"stage_{index}/forward_s"] = stage.forward_s / schedule.num_steps
+        values[f"stage_{index}/recompute_s"] = stage.recompute_s / schedule.num_steps
+        values[f"stage_{index}/backward_s"] = (stage.backward_s + stage.backward_weight_s) / schedule.num_steps
+        values[f"stage_{index}/wait_s"] = (makespan_s - busy_s[schedule.placement[index]]) / schedule.num_steps
         values[f"stage_{index}/memory_bytes"] = stage.memory_bytes
     return values
 
@@ -61,6 +66,6 @@ def bubble_measured(stages: Sequence[StageMeasures], schedule: Schedule) -> floa
 
 
 def _times(stages: Sequence[StageMeasures], schedule: Schedule) -> tuple[float, list[float]]:
-    """Seconds of the step, and in which each rank computed."""
+    """Seconds of all steps of the schedule, and in which each rank computed."""
     busy_s = [sum(stages[s].busy_s for s in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
     return max(stage.elapsed_s for stage in stages), busy_s

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -9,18 +10,31 @@ from torch import nn
 from pipetrain.config import AdafactorConfig, AdamConfig, LrRuleConfig, OptimizerConfig, RmspropConfig, SgdConfig
 
 
-def build_optimizer(cfg: OptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of one stage.
+def build_optimizer(
+    cfg: OptimizerConfig,
+    parameters: Mapping[str, nn.Parameter],
+    stage_of: Mapping[str, int | None] = MappingProxyType({}),
+) -> torch.optim.Optimizer:
+    """The optimizer of one rank.
+
+    Args:
+        stage_of: by which parameters are grouped, by name, beside the decay; a group's is its "stage". Stages that
+            update by themselves have learning rates of their own.
 
     Whether a parameter is decayed depends on that parameter alone (matrices are, vectors are not), so the groups are
     the same for every partitioning. Adam, AdamW and SGD run fused: one pass over the memory of each parameter.
     """
-    trained = [p for p in parameters.values() if p.requires_grad]
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trained.items() if is_matrix == (p.ndim >= 2) and stage_of.get(name) == stage],
+            "weight_decay": cfg.weight_decay if is_matrix else 0.0,
+            "stage": stage,
+        }
+        for stage in dict.fromkeys([stage_of.get(name) for name in trained] or [None])
+        for is_matrix in (True, False)
     ]
-    fused = not any(p.is_meta for p in trained)  # parameters without memory are only counted
+    fused = not any(p.is_meta for p in trained.values())  # parameters without memory are only counted
     if isinstance(cfg, AdamConfig):
         kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
         return kind(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=fused)

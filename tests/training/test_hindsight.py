@@ -38,9 +38,9 @@ PREDICTION = Prediction(
 
 def after(step_s: float, *stages: StageMeasures, steps: int = 3) -> list[str]:
     hindsight = Hindsight(PREDICTION, SCHEDULE)
-    hindsight.note(9.0, [measured(9.0), measured(9.0)])  # the first step is like no other
+    hindsight.note(9.0, [measured(9.0), measured(9.0)], SCHEDULE)  # the first step is like no other
     for _ in range(steps):
-        hindsight.note(step_s, stages)
+        hindsight.note(step_s, stages, SCHEDULE)
     return hindsight.lines()
 
 

@@ -1,0 +1,117 @@
+"""Rules about stale schedules."""
+
+from pipetrain.config import (
+    AUTO,
+    ONE_MICRO_BATCH,
+    AmoebaNetConfig,
+    Config,
+    TransformerConfig,
+    num_microbatches,
+    stale_family,
+)
+from pipetrain.rules.words import shown
+from pipetrain.schedule import ALWAYS, NEVER
+from pipetrain.suggest import one_of
+
+WEIGHTS = ("stash", "replay", "current")
+TIED = ("free", "locked")
+
+
+def check_stale(cfg: Config, num_ranks: int, problems: list[str]) -> None:
+    """Adds what is wrong with the settings by themselves.
+
+    Args:
+        num_ranks: 0 where it is not known yet.
+    """
+    stale = cfg.stale
+    for key, value, allowed in (("weights", stale.weights, WEIGHTS), ("tied", stale.tied, TIED)):
+        if value not in allowed:
+            problems.append(f"stale.{key}={value}: no such choice. {one_of(value, allowed)}")
+    for key, number, least in (("warmup_steps", stale.warmup_steps, 0), ("drain_every", stale.drain_every, 1)):
+        if number < least:
+            problems.append(f"stale.{key}={number} must be at least {least}")
+    if stale_family(cfg) is None or stale.drain_every < 1:
+        return
+    name = f"schedule={cfg.schedule}"
+    if cfg.action == "check":
+        problems.append(
+            f"action=check compares synchronous runs, but {name} is stale; use action=train, or schedule=gpipe"
+        )
+    _check_micro_batches(cfg, name, num_ranks, problems)
+    _check_weights(cfg, problems)
+    _check_drains(cfg, problems)
+    if cfg.ema is not None:
+        problems.append(f"ema={cfg.ema}: stages are at different steps under {name}; use ema=null")
+    if isinstance(cfg.model, AmoebaNetConfig):
+        problems.append(
+            f"model={cfg.model.name} has BatchNorm, whose running statistics would be of many versions of the weights "
+            f"under {name}; use a synchronous schedule, such as schedule=1f1b"
+        )
+    is_tied = isinstance(cfg.model, TransformerConfig) and cfg.model.tied
+    if is_tied and cfg.schedule != "ouroboros" and num_ranks > 1:
+        problems.append(tied_apart("model.tied=true", cfg.schedule, "model.tied=false"))
+
+
+def tied_apart(what: str, schedule: str, remedy: str) -> str:
+    """Why weights cannot be shared by devices that do not wait for each other."""
+    return (
+        f"{what}: a matrix that two devices share can only be updated when both have its gradient, but "
+        f"schedule={schedule} waits for nobody; use schedule=ouroboros, which has the first and the last stage on one "
+        f"device, or {remedy}"
+    )
+
+
+def _check_micro_batches(cfg: Config, name: str, num_ranks: int, problems: list[str]) -> None:
+    number = num_microbatches(cfg)
+    if cfg.micro_batches == AUTO:
+        problems.append(
+            f"micro_batches=auto: under {name} they decide how stale gradients are, so they are not the planner's to "
+            "choose; type a number, or leave micro_batches out"
+        )
+    elif cfg.schedule in ONE_MICRO_BATCH and number != 1:
+        problems.append(
+            f"micro_batches={number}: {name} updates after every micro-batch, which is the whole mini-batch; leave "
+            "micro_batches out, or use schedule=bounded, which updates after so many"
+        )
+    elif cfg.schedule == "pipedream_2bw" and number < num_ranks:
+        problems.append(
+            f"micro_batches={number}: {name} needs at least one for each of the {num_ranks} devices; use "
+            f"micro_batches={num_ranks} and a batch_size of at least that"
+        )
+
+
+def _check_weights(cfg: Config, problems: list[str]) -> None:
+    policies = cfg.recompute if isinstance(cfg.recompute, list) else [cfg.recompute]
+    for weights, wanted, why in (
+        ("replay", ALWAYS, "runs every forward again"),
+        ("current", NEVER, "goes back through the old activations"),
+    ):
+        if cfg.stale.weights == weights and any(policy != wanted for policy in policies):
+            problems.append(
+                f"stale.weights={weights} {why}, but recompute={shown(cfg.recompute)}; use recompute={wanted}"
+            )
+    if cfg.stale.weights == "current" and cfg.precision == "bf16":
+        problems.append(
+            "stale.weights=current with precision=bf16: autocast keeps copies of the old weights, so the newest would "
+            "be used in some places only; use stale.weights=replay, or precision=fp32"
+        )
+
+
+def _check_drains(cfg: Config, problems: list[str]) -> None:
+    """Whatever needs one state of the whole model happens at a drain; a resumed run drains where the other one did."""
+    every = cfg.stale.drain_every
+    for key, number in (
+        ("eval.every", cfg.eval.every),
+        ("checkpoint.every", cfg.checkpoint.every),
+        ("steps", cfg.steps),
+    ):
+        if number and number % every:
+            problems.append(
+                f"{key}={number} is no multiple of stale.drain_every={every}: only then is the pipeline empty; use "
+                f"{key}={every * max(1, round(number / every))}, or stale.drain_every={_divisor(number, every)}"
+            )
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest one that is not above `most`."""
+    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
