@@ -122,7 +122,7 @@ class ImagesConfig(DataConfig):
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    name: str = setting("adamw | adam | sgd | adafactor | rmsprop", "???")
+    name: str = setting("adamw | adam | nadam | muon | rotated_adam | sgd | adafactor | rmsprop", "???")
     lr: float = setting("peak learning rate", 1e-3)
     weight_decay: float = setting("decay of matrices; vectors (biases, norms) are never decayed", 0.0)
 
@@ -131,6 +131,22 @@ class OptimizerConfig:
 class AdamConfig(OptimizerConfig):
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"help": "decay of the two moments"})
     eps: float = setting("added to the root of the second moment", 1e-8)
+
+
+@dataclass(kw_only=True)
+class NadamConfig(AdamConfig):
+    momentum_decay: float = setting("how fast the momentum grows to its full size", 4e-3)
+
+
+@dataclass(kw_only=True)
+class MuonConfig(AdamConfig):
+    momentum: float = setting("momentum of matrices; embedding, output layer and vectors get AdamW", 0.95)
+
+
+@dataclass(kw_only=True)
+class RotatedAdamConfig(AdamConfig):
+    refresh: int = setting("updates between two turns of a matrix's basis", 10)
+    largest: int = setting("longest side of a matrix that is turned", 1024)
 
 
 @dataclass(kw_only=True)
@@ -190,6 +206,11 @@ class StaleConfig:
     )
     warmup_steps: int = setting("synchronous steps before the stale ones", 0)
     drain_every: int = setting("steps between two moments at which the pipeline is empty", 100)
+    correctors: list[str] = field(
+        default_factory=list,
+        metadata={"help": "against late gradients, any of [error_feedback,spike_compensation,pipemare]"},
+    )
+    anneal_steps: int = setting("pipemare: steps after which late stages have the whole learning rate", 1000)
 
 
 @dataclass(kw_only=True)
@@ -306,6 +327,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "optimizer": {
         "adamw": AdamConfig,
         "adam": AdamConfig,
+        "nadam": NadamConfig,
+        "muon": MuonConfig,
+        "rotated_adam": RotatedAdamConfig,
         "sgd": SgdConfig,
         "adafactor": AdafactorConfig,
         "rmsprop": RmspropConfig,

@@ -1,6 +1,15 @@
 """The rules about each optimizer's settings."""
 
-from pipetrain.config import AdafactorConfig, AdamConfig, OptimizerConfig, RmspropConfig, SgdConfig
+from pipetrain.config import (
+    AdafactorConfig,
+    AdamConfig,
+    MuonConfig,
+    NadamConfig,
+    OptimizerConfig,
+    RmspropConfig,
+    RotatedAdamConfig,
+    SgdConfig,
+)
 
 
 def check_optimizer(optimizer: OptimizerConfig, problems: list[str]) -> None:
@@ -11,6 +20,14 @@ def check_optimizer(optimizer: OptimizerConfig, problems: list[str]) -> None:
             problems.append(f"optimizer.betas=[{shown}] must be two numbers from 0 to below 1; try [0.9,0.999]")
         if not optimizer.eps >= 0:
             problems.append(f"optimizer.eps={optimizer.eps} must be at least 0")
+    if isinstance(optimizer, MuonConfig) and not 0 <= optimizer.momentum < 1:
+        problems.append(f"optimizer.momentum={optimizer.momentum} must be at least 0 and below 1; 0.95 is common")
+    if isinstance(optimizer, NadamConfig) and not optimizer.momentum_decay >= 0:
+        problems.append(f"optimizer.momentum_decay={optimizer.momentum_decay} must be at least 0; 4e-3 is common")
+    if isinstance(optimizer, RotatedAdamConfig):
+        for key in ("refresh", "largest"):
+            if getattr(optimizer, key) < 1:
+                problems.append(f"optimizer.{key}={getattr(optimizer, key)} must be at least 1")
     if isinstance(optimizer, SgdConfig):
         if not optimizer.momentum >= 0:
             problems.append(f"optimizer.momentum={optimizer.momentum} must be at least 0")

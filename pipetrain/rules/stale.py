@@ -1,10 +1,13 @@
 """Rules about stale schedules."""
 
+import math
+
 from pipetrain.config import (
     AUTO,
     ONE_MICRO_BATCH,
     AmoebaNetConfig,
     Config,
+    SgdConfig,
     TransformerConfig,
     num_microbatches,
     stale_family,
@@ -15,6 +18,7 @@ from pipetrain.suggest import one_of
 
 WEIGHTS = ("stash", "replay", "current")
 TIED = ("free", "locked")
+CORRECTORS = ("error_feedback", "spike_compensation", "pipemare")
 
 
 def check_stale(cfg: Config, num_ranks: int, problems: list[str]) -> None:
@@ -27,7 +31,12 @@ def check_stale(cfg: Config, num_ranks: int, problems: list[str]) -> None:
     for key, value, allowed in (("weights", stale.weights, WEIGHTS), ("tied", stale.tied, TIED)):
         if value not in allowed:
             problems.append(f"stale.{key}={value}: no such choice. {one_of(value, allowed)}")
-    for key, number, least in (("warmup_steps", stale.warmup_steps, 0), ("drain_every", stale.drain_every, 1)):
+    for corrector in stale.correctors:
+        if corrector not in CORRECTORS:
+            given = f"stale.correctors=[{','.join(stale.correctors)}]"
+            problems.append(f"{given}: {corrector} is none. {one_of(corrector, CORRECTORS)}")
+    numbers = [("warmup_steps", stale.warmup_steps, 0), ("drain_every", stale.drain_every, 1)]
+    for key, number, least in (*numbers, ("anneal_steps", stale.anneal_steps, 1)):
         if number < least:
             problems.append(f"stale.{key}={number} must be at least {least}")
     if stale_family(cfg) is None or stale.drain_every < 1:
@@ -40,6 +49,13 @@ def check_stale(cfg: Config, num_ranks: int, problems: list[str]) -> None:
     _check_micro_batches(cfg, name, num_ranks, problems)
     _check_weights(cfg, problems)
     _check_drains(cfg, problems)
+    sgd = cfg.optimizer
+    has_momentum = isinstance(sgd, SgdConfig) and sgd.momentum > 0 and not sgd.nesterov
+    if "spike_compensation" in stale.correctors and not has_momentum:
+        problems.append(
+            "stale.correctors=[spike_compensation] is for SGD with plain momentum; use optimizer=sgd "
+            "optimizer.momentum=0.9, or another corrector"
+        )
     if cfg.ema is not None:
         problems.append(f"ema={cfg.ema}: stages are at different steps under {name}; use ema=null")
     if isinstance(cfg.model, AmoebaNetConfig):
@@ -100,18 +116,14 @@ def _check_weights(cfg: Config, problems: list[str]) -> None:
 def _check_drains(cfg: Config, problems: list[str]) -> None:
     """Whatever needs one state of the whole model happens at a drain; a resumed run drains where the other one did."""
     every = cfg.stale.drain_every
-    for key, number in (
-        ("eval.every", cfg.eval.every),
-        ("checkpoint.every", cfg.checkpoint.every),
-        ("steps", cfg.steps),
-    ):
-        if number and number % every:
-            problems.append(
-                f"{key}={number} is no multiple of stale.drain_every={every}: only then is the pipeline empty; use "
-                f"{key}={every * max(1, round(number / every))}, or stale.drain_every={_divisor(number, every)}"
-            )
-
-
-def _divisor(number: int, most: int) -> int:
-    """The largest one that is not above `most`."""
-    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
+    numbers = {"eval.every": cfg.eval.every, "checkpoint.every": cfg.checkpoint.every, "steps": cfg.steps or 0}
+    wrong = {key: number for key, number in numbers.items() if number % every}
+    if wrong:
+        whole = math.gcd(*numbers.values())
+        fitting = next(n for n in range(min(whole, every), 0, -1) if whole % n == 0)
+        multiples = " ".join(f"{key}={every * max(1, round(number / every))}" for key, number in wrong.items())
+        given = " ".join(f"{key}={number}" for key, number in wrong.items())
+        problems.append(
+            f"{given}: no multiple of stale.drain_every={every}, and only then is the pipeline empty; use {multiples}, "
+            f"or stale.drain_every={fitting}"
+        )

@@ -3,10 +3,11 @@
 import dataclasses
 import fnmatch
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipetrain import models, schedule
 from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, TextConfig, num_microbatches, stale_family
@@ -51,6 +52,12 @@ def build_recipe(cfg: Config, prepared: Prepared | None) -> Recipe:
         logit_clip=cfg.logit_clip,
         logit_clip_kind=cfg.logit_clip_kind,
     )
+
+
+def outer_parameters(recipe: Recipe, names: Iterable[str]) -> set[str]:
+    """Of some parameters those of the model's first and last layer."""
+    prefixes = recipe.layers[0].full_name(""), recipe.layers[-1].full_name("")
+    return {name for name in names if name.startswith(prefixes)}
 
 
 def balance_of(cfg: Config, num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -127,8 +134,10 @@ def build_runtime(
             recomputes=partial(is_recomputed, cfg, policy),
         )
 
-    stages = [build_stage(index) for index in order.stages_of(transport.rank)]
     ties = ties_of(recipe, balance)
+    stages = [build_stage(index) for index in order.stages_of(transport.rank)]
+    if not order.waits:
+        _check_stale(order, stages, ties)
     return Runtime(
         stages,
         len(balance),
@@ -139,6 +148,29 @@ def build_runtime(
         narrow_messages=cfg.messages == "bf16",
         stale_weights=cfg.stale.weights,
     )
+
+
+def _check_stale(order: Schedule, stages: Sequence[Stage], ties: Sequence[Tie]) -> None:
+    """
+    Raises:
+        ConfigError: for what cannot be made right where ranks do not wait for each other.
+    """
+    synchronous = "use a synchronous schedule, such as schedule=1f1b"
+    for tie in ties:
+        if len({order.placement[stage] for _, stage in tie.uses}) > 1:
+            first, last = tie.uses[0][0], tie.uses[-1][0]
+            raise ConfigError(
+                f"{first} and {last} are one parameter on several devices, which can only be updated when all have its "
+                f"gradient, but schedule={order.name} waits for nobody; use schedule=ouroboros, which has the first "
+                f"and the last stage on one device, or {synchronous}"
+            )
+    for layer in (layer for stage in stages for layer in stage.layers):
+        for name, module in layer.module.named_modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                raise ConfigError(
+                    f"layer {layer.full_name(name).rstrip('.')} is a BatchNorm, whose running statistics would be of "
+                    f"many versions of the weights under schedule={order.name}; {synchronous}"
+                )
 
 
 def _memory_meter(device: torch.device) -> Callable[[], float]:

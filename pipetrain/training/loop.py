@@ -17,7 +17,15 @@ from pipetrain.engine.report import StepReport
 from pipetrain.engine.transport import Transport
 from pipetrain.errors import Exit, PipetrainError, StageFailed
 from pipetrain.training import checkpoint, init_from, state, status
-from pipetrain.training.build import balance_of, build_recipe, build_runtime, build_schedule, steps_drawn, ties_of
+from pipetrain.training.build import (
+    balance_of,
+    build_recipe,
+    build_runtime,
+    build_schedule,
+    outer_parameters,
+    steps_drawn,
+    ties_of,
+)
 from pipetrain.training.console import Console
 from pipetrain.training.data import open_data, part_of_batch
 from pipetrain.training.ema import WeightAverage
@@ -87,7 +95,12 @@ class Trainer:
         self._build_schedule = partial(build_schedule, cfg, recipe, balance, transport.num_ranks)
         self.schedule = self._build_schedule()
         self.runtime = build_runtime(cfg, recipe, balance, self.schedule, transport, device)
-        self.optimizer = build_optimizer(cfg.optimizer, self.runtime.own_parameters, stage_of=self._stage_of())
+        self.optimizer = build_optimizer(
+            cfg.optimizer,
+            self.runtime.own_parameters,
+            stage_of=self._stage_of(),
+            outer=outer_parameters(recipe, self.runtime.own_parameters),
+        )
         self.data = open_data(cfg, job.data, "train")
         self.last_step = cfg.steps or (cfg.epochs or 0) * self.data.num_batches
         self.average = self._start()

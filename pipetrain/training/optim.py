@@ -1,49 +1,102 @@
 """Optimizers from torch, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 
-from pipetrain.config import AdafactorConfig, AdamConfig, LrRuleConfig, OptimizerConfig, RmspropConfig, SgdConfig
+from pipetrain.config import (
+    AdafactorConfig,
+    AdamConfig,
+    LrRuleConfig,
+    MuonConfig,
+    NadamConfig,
+    OptimizerConfig,
+    RmspropConfig,
+    RotatedAdamConfig,
+    SgdConfig,
+)
+from pipetrain.training.optimizers import Composite, RotatedAdam
 
 
 def build_optimizer(
     cfg: OptimizerConfig,
     parameters: Mapping[str, nn.Parameter],
+    *,
     stage_of: Mapping[str, int | None] = MappingProxyType({}),
+    outer: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """The optimizer of one rank.
+
+    Whether a parameter is decayed depends on that parameter alone (matrices are, vectors are not), so the groups are
+    the same for every partitioning. Adam, AdamW and SGD run fused: one pass over the memory of each parameter.
 
     Args:
         stage_of: by which parameters are grouped, by name, beside the decay; a group's is its "stage". Stages that
             update by themselves have learning rates of their own.
-
-    Whether a parameter is decayed depends on that parameter alone (matrices are, vectors are not), so the groups are
-    the same for every partitioning. Adam, AdamW and SGD run fused: one pass over the memory of each parameter.
+        outer: the parameters of the whole model's first and last layer, by name: embedding and output, which Muon
+            leaves to AdamW.
     """
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    groups = [
-        {
-            "params": [p for name, p in trained.items() if is_matrix == (p.ndim >= 2) and stage_of.get(name) == stage],
-            "weight_decay": cfg.weight_decay if is_matrix else 0.0,
-            "stage": stage,
-        }
-        for stage in dict.fromkeys([stage_of.get(name) for name in trained] or [None])
-        for is_matrix in (True, False)
-    ]
+
+    def groups(wanted: Callable[[str, nn.Parameter], bool] = lambda name, p: True) -> list[dict[str, Any]]:
+        return [
+            {
+                "params": [
+                    p
+                    for name, p in trained.items()
+                    if wanted(name, p) and is_matrix == (p.ndim >= 2) and stage_of.get(name) == stage
+                ],
+                "weight_decay": cfg.weight_decay if is_matrix else 0.0,
+                "stage": stage,
+            }
+            for stage in dict.fromkeys([stage_of.get(name) for name in trained] or [None])
+            for is_matrix in (True, False)
+        ]
+
+    def is_inner(name: str, p: nn.Parameter) -> bool:
+        return p.ndim == 2 and name not in outer
+
     fused = not any(p.is_meta for p in trained.values())  # parameters without memory are only counted
+    if isinstance(cfg, MuonConfig):
+        return Composite(
+            [
+                torch.optim.Muon(
+                    groups(is_inner), lr=cfg.lr, momentum=cfg.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
+                ),
+                torch.optim.AdamW(
+                    groups(lambda name, p: not is_inner(name, p)), lr=cfg.lr, betas=_pair(cfg.betas), eps=cfg.eps
+                ),
+            ]
+        )
+    if isinstance(cfg, RotatedAdamConfig):
+        betas = _pair(cfg.betas)
+        return RotatedAdam(groups(), lr=cfg.lr, betas=betas, eps=cfg.eps, refresh=cfg.refresh, largest=cfg.largest)
+    if isinstance(cfg, NadamConfig):
+        return torch.optim.NAdam(
+            groups(),
+            lr=cfg.lr,
+            betas=_pair(cfg.betas),
+            eps=cfg.eps,
+            momentum_decay=cfg.momentum_decay,
+            decoupled_weight_decay=True,
+        )
     if isinstance(cfg, AdamConfig):
         kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
-        return kind(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=fused)
+        return kind(groups(), lr=cfg.lr, betas=_pair(cfg.betas), eps=cfg.eps, fused=fused)
     if isinstance(cfg, SgdConfig):
-        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)
+        return torch.optim.SGD(groups(), lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)
     if isinstance(cfg, RmspropConfig):
-        return torch.optim.RMSprop(groups, lr=cfg.lr, alpha=cfg.decay, eps=cfg.eps, momentum=cfg.momentum)
+        return torch.optim.RMSprop(groups(), lr=cfg.lr, alpha=cfg.decay, eps=cfg.eps, momentum=cfg.momentum)
     assert isinstance(cfg, AdafactorConfig)
-    return torch.optim.Adafactor(groups, lr=cfg.lr, beta2_decay=cfg.beta2_decay, d=cfg.clip_threshold)
+    return torch.optim.Adafactor(groups(), lr=cfg.lr, beta2_decay=cfg.beta2_decay, d=cfg.clip_threshold)
+
+
+def _pair(betas: list[float]) -> tuple[float, float]:
+    return betas[0], betas[1]
 
 
 def learning_rate(peak: float, rule: LrRuleConfig, step: int) -> float:

@@ -13,6 +13,7 @@ from pipetrain.engine.joint_update import JointUpdate
 from pipetrain.engine.runtime import Program
 from pipetrain.errors import StageFailed
 from pipetrain.schedule import Schedule, staleness
+from pipetrain.training.correctors import build_correctors
 from pipetrain.training.optim import clip_gradients, learning_rate
 from pipetrain.training.steps import Advance, Pieces, non_finite
 from pipetrain.training.trace import gather_spans, start_together, write_trace
@@ -35,6 +36,7 @@ class StaleSteps:
             last_step: of the training.
         """
         self._pieces, self._cfg, self._build, self._last_step = pieces, pieces.job.cfg, build, last_step
+        self._corrector = build_correctors(pieces.job.cfg.stale)
         self._programs: dict[int, tuple[Program, list[list[int]]]] = {}
 
     def advance(self, step: int, request: float) -> Advance:
@@ -77,11 +79,14 @@ class StaleSteps:
             )
         parameters = {name: pieces.runtime.parameters[name] for name in joint.stage_of}
         clip_gradients(parameters.values(), joint.norm, self._limit(joint))
-        newest = max(joint.steps.values())
+        newest, latest = max(joint.steps.values()), max(joint.staleness.values())
         for group in pieces.optimizer.param_groups:
-            step = joint.steps.get(group["stage"], newest)
-            group["lr"] = learning_rate(cfg.optimizer.lr, cfg.lr_rule, step)
-        pieces.optimizer.step()
+            step, late = joint.steps.get(group["stage"], newest), joint.staleness.get(group["stage"], latest)
+            lr = learning_rate(cfg.optimizer.lr, cfg.lr_rule, step)
+            group["lr"] = self._corrector.learning_rate(lr, late, step)
+        late_of = {parameters[name]: joint.staleness[stage] for name, stage in joint.stage_of.items()}
+        with self._corrector.update(pieces.optimizer, late_of):
+            pieces.optimizer.step()
 
     def _limit(self, joint: JointUpdate) -> float | None:
         """Each stage's share of the global limit: all of them together are never above it."""
