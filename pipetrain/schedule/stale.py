@@ -85,10 +85,11 @@ def ouroboros(num_ranks: int, num_microbatches: int, num_steps: int, *, locked: 
                 yield Action(B, last, 0, turning)
             if returns:
                 yield Action(B, 0, 0, returning)
-            if returns:
                 yield Action(U, 0, step=returning)
-            if turns:
+            if turns and num_steps > 1:
                 yield Action(U, last, step=turning)
+        if num_steps == 1:  # a synchronous step updates what the two modules share once, by both gradients
+            yield Action(U, last)
 
     middle = (tuple(_one_f_one_b(stage, last - stage, 1, num_steps)) for stage in range(1, last))
     return Schedule("ouroboros", 1, (*range(num_ranks), 0), (tuple(outer()), *middle), num_steps=num_steps, waits=False)

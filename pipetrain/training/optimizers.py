@@ -17,8 +17,9 @@ class RotatedAdam(torch.optim.Optimizer):
         G' = U^T G V,   M' = U^T M V,   S <- b2 S + (1 - b2) G'^2
         W <- W - lr U (M'^ / (sqrt(S^) + eps)) V^T                       (^: Adam's bias correction)
 
-    U and V start as the identity. A side longer than `largest` is not rotated, and what is no matrix gets AdamW. Source: basis rotation, arXiv 2602.03515 (S = 2nd, bilateral), which is SOAP (arXiv
-    2409.11321); the former find it the best answer to stale gradients. With no rotation at all it is AdamW.
+    U and V start as the identity. A side longer than `largest` is not rotated, and what is no matrix gets AdamW; with
+    no rotation at all it is AdamW. Source: basis rotation, arXiv 2602.03515 (S = 2nd, bilateral), which is SOAP (arXiv
+    2409.11321); the former find it the best answer to stale gradients.
     """
 
     def __init__(

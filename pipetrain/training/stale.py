@@ -6,7 +6,10 @@ and the learning rate follows from the mini-batch.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
 
 from pipetrain.config import Config
 from pipetrain.engine.joint_update import JointUpdate
@@ -36,7 +39,7 @@ class StaleSteps:
             last_step: of the training.
         """
         self._pieces, self._cfg, self._build, self._last_step = pieces, pieces.job.cfg, build, last_step
-        self._corrector = build_correctors(pieces.job.cfg.stale)
+        self._rule = UpdateRule(pieces.job.cfg, pieces.optimizer, pieces.runtime.own_parameters, len(pieces.balance))
         self._programs: dict[int, tuple[Program, list[list[int]]]] = {}
 
     def advance(self, step: int, request: float) -> Advance:
@@ -69,27 +72,50 @@ class StaleSteps:
 
     def _update(self, joint: JointUpdate) -> None:
         """Called by the runtime for each update of this rank."""
-        pieces, cfg = self._pieces, self._cfg
         if not math.isfinite(joint.norm) or not (joint.loss is None or math.isfinite(joint.loss)):
             stage, step = next(iter(joint.steps.items()))
             raise non_finite(
-                pieces.job,
+                self._pieces.job,
                 f"stage {stage}, step {step + 1}: the gradient or the loss is NaN or infinite. This stage was not "
                 "updated, others may have been",
             )
-        parameters = {name: pieces.runtime.parameters[name] for name in joint.stage_of}
+        self._rule.apply(joint)
+
+
+class UpdateRule:
+    """What one rank does with the gradients of a joint update."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        num_stages: int,
+    ) -> None:
+        """
+        Args:
+            optimizer: its groups know their "stage".
+            parameters: by the names that a joint update has for them.
+            num_stages: of the whole model.
+        """
+        self._cfg, self._optimizer, self._parameters, self._num_stages = cfg, optimizer, parameters, num_stages
+        self._corrector = build_correctors(cfg.stale)
+
+    def apply(self, joint: JointUpdate) -> None:
+        """Clips the gradients, sets the learning rates, and steps the optimizer."""
+        parameters = {name: self._parameters[name] for name in joint.stage_of}
         clip_gradients(parameters.values(), joint.norm, self._limit(joint))
         newest, latest = max(joint.steps.values()), max(joint.staleness.values())
-        for group in pieces.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             step, late = joint.steps.get(group["stage"], newest), joint.staleness.get(group["stage"], latest)
-            lr = learning_rate(cfg.optimizer.lr, cfg.lr_rule, step)
+            lr = learning_rate(self._cfg.optimizer.lr, self._cfg.lr_rule, step)
             group["lr"] = self._corrector.learning_rate(lr, late, step)
         late_of = {parameters[name]: joint.staleness[stage] for name, stage in joint.stage_of.items()}
-        with self._corrector.update(pieces.optimizer, late_of):
-            pieces.optimizer.step()
+        with self._corrector.update(self._optimizer, late_of):
+            self._optimizer.step()
 
     def _limit(self, joint: JointUpdate) -> float | None:
-        """Each stage's share of the global limit: all of them together are never above it."""
+        """The updating stages' share of the global limit: all of them together are never above it."""
         if self._cfg.grad_clip is None:
             return None
-        return self._cfg.grad_clip * math.sqrt(len(joint.steps) / len(self._pieces.balance))
+        return self._cfg.grad_clip * math.sqrt(len(joint.steps) / self._num_stages)
