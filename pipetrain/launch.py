@@ -22,17 +22,8 @@ from typing import Any
 import torch
 
 from pipetrain import rules
-from pipetrain.config import (
-    AUTO,
-    AmoebaNetConfig,
-    AnythingConfig,
-    Config,
-    ImagesConfig,
-    SyntheticConfig,
-    num_microbatches,
-    num_stages,
-    wanted_ranks,
-)
+from pipetrain.config import AUTO, AmoebaNetConfig, AnythingConfig, Config, ImagesConfig, SyntheticConfig
+from pipetrain.derived import num_microbatches, num_stages, wanted_ranks
 from pipetrain.devices import parse_devices
 from pipetrain.environment import write_environment
 from pipetrain.errors import ConfigError, Exit, PipetrainError

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from pipetrain.config import Config, num_microbatches, num_stages, wanted_ranks
+from pipetrain.config import Config
+from pipetrain.derived import num_microbatches, num_stages, wanted_ranks
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit
 from pipetrain.launch import prepare, run_job

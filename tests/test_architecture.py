@@ -22,34 +22,67 @@ MAY_IMPORT: dict[str, set[str]] = {
     "garbage": set(),
     "sim": {"schedule", "costs", "errors", "garbage"},
     "config": {"schedule"},
-    "rules": {"config", "errors", "devices", "suggest", "schedule"},
+    "derived": {"config", "schedule"},
+    "rules": {"config", "derived", "errors", "devices", "suggest", "schedule"},
     "vision": set(),
     "models": {"errors", "seeds", "suggest", "vision"},
     "data": {"errors", "processes", "seeds", "suggest", "vision"},
     "partition": {"models", "schedule", "costs", "errors", "seeds", "suggest"},
     "engine": {"schedule", "errors", "garbage", "seeds"},
-    "training": BASE | {"config", "schedule", "sim", "models", "data", "partition", "engine"},
+    "training": BASE | {"config", "derived", "schedule", "sim", "models", "data", "partition", "engine"},
     "pipeline": {"engine", "errors", "models", "partition", "schedule", "sim", "suggest", "training"},
     "profile": {"costs", "engine", "models", "partition", "schedule", "seeds"},
     "environment": {"paths"},
-    "planning": BASE | {"config", "engine", "models", "partition", "profile", "schedule", "sim", "training", "worker"},
+    "planning": BASE
+    | {"config", "derived", "engine", "models", "partition", "profile", "schedule", "sim", "training", "worker"},
     "processes": set(),
     "torchrun": {"errors"},
     "worker": {"processes", "training", "engine", "errors", "paths"},
     "check": BASE
-    | {"config", "launch", "models", "partition", "planning", "schedule", "torchrun", "training", "worker"},
-    "preview": {"config", "devices", "errors", "launch", "models", "paths", "planning", "schedule", "torchrun"}
+    | {"config", "derived", "launch", "models", "partition", "planning", "schedule", "torchrun", "training", "worker"},
+    "preview": {
+        "config",
+        "derived",
+        "devices",
+        "errors",
+        "launch",
+        "models",
+        "paths",
+        "planning",
+        "schedule",
+        "torchrun",
+    }
     | {"training"},
     "launch": BASE
-    | {"config", "data", "devices", "environment", "models", "planning", "processes", "rules", "torchrun", "training"}
+    | {
+        "config",
+        "data",
+        "derived",
+        "devices",
+        "environment",
+        "models",
+        "planning",
+        "processes",
+        "rules",
+        "torchrun",
+        "training",
+    }
     | {"worker"},
 }
 # The front end: may use anything below it, launch only inside the function that starts a run.
 FRONT = {"cli", "__main__", "argv", "mistakes", "help", "sweep", "footprint"}
-NO_TORCH = {"schedule", "sim", "config", "rules", "devices", *BASE, *FRONT} - {"seeds"}
+NO_TORCH = {"schedule", "sim", "config", "derived", "rules", "devices", *BASE, *FRONT} - {"seeds"}
 SEES_HYDRA = {"cli"}
 # What a guarantee is checked against must not be the engine itself: by no road through training either.
-OF_THE_REFERENCE = {"config", "models.recipe", "partition.split", "seeds", "training.optim", "training.record"}
+OF_THE_REFERENCE = {
+    "config",
+    "derived",
+    "models.recipe",
+    "partition.split",
+    "seeds",
+    "training.optim",
+    "training.record",
+}
 
 
 def unit_of(path: Path) -> str:

@@ -21,10 +21,8 @@ from pipetrain.config import (
     SyntheticConfig,
     TextConfig,
     TransformerConfig,
-    num_microbatches,
-    num_stages,
-    wanted_ranks,
 )
+from pipetrain.derived import num_microbatches, num_stages, wanted_ranks
 from pipetrain.errors import ConfigError
 
 
@@ -403,8 +401,8 @@ def test_fitting_balance() -> None:
 
 @pytest.mark.parametrize(("batch_size", "given", "count"), [(8, None, 8), (64, None, 16), (64, 5, 5)])
 def test_micro_batches(batch_size: int, given: int | None, count: int) -> None:
-    assert config.num_microbatches(settings(batch_size=batch_size, micro_batches=given)) == count
-    assert config.num_microbatches(settings(batch_size=batch_size, micro_batches=given, devices=8)) == count
+    assert num_microbatches(settings(batch_size=batch_size, micro_batches=given)) == count
+    assert num_microbatches(settings(batch_size=batch_size, micro_batches=given, devices=8)) == count
 
 
 @pytest.mark.parametrize(("batch_size", "given", "count"), [(3, None, 1), (16, None, 4), (99, None, 16), (16, 8, 8)])
@@ -412,7 +410,7 @@ def test_micro_batches_of_a_model_with_batchnorm_have_four_samples(
     batch_size: int, given: int | None, count: int
 ) -> None:
     cfg = settings(batch_size=batch_size, micro_batches=given, **amoebanet())
-    assert config.num_microbatches(cfg) == count
+    assert num_microbatches(cfg) == count
 
 
 @pytest.mark.parametrize(

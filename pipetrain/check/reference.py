@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
-from pipetrain.config import Config, num_microbatches
+from pipetrain.config import Config
+from pipetrain.derived import num_microbatches
 from pipetrain.models.recipe import BATCH, Recipe, Tensors, Value, unsplit
 from pipetrain.partition.split import build_layer
 from pipetrain.seeds import derive_seed, name_of_call, seed_pythons_generators

@@ -25,7 +25,8 @@ from rich.table import Table
 
 from pipetrain.check.compare import Recorded, Row, compare, compare_draws
 from pipetrain.check.reference_worker import run_reference
-from pipetrain.config import CheckpointConfig, Config, EvalConfig, num_microbatches, num_stages
+from pipetrain.config import CheckpointConfig, Config, EvalConfig
+from pipetrain.derived import num_microbatches, num_stages
 from pipetrain.errors import ConfigError, Exit
 from pipetrain.launch import prepare, run_job
 from pipetrain.paths import RunPaths

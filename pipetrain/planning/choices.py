@@ -3,7 +3,8 @@
 import itertools
 from collections.abc import Iterator
 
-from pipetrain.config import AUTO, PLANNED, Config, is_number, least_samples, num_microbatches, num_stages, stale_family
+from pipetrain.config import AUTO, PLANNED, Config
+from pipetrain.derived import is_number, least_samples, num_microbatches, num_stages, stale_family
 from pipetrain.errors import ConfigError
 from pipetrain.schedule import ALWAYS, EXCEPT_LAST, NEVER, SCHEDULES, is_file
 from pipetrain.sim.forecast import LEAST_VARIANCE, Choice

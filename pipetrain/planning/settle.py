@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipetrain.config import AUTO, TextConfig, num_microbatches
+from pipetrain.config import AUTO, TextConfig
 from pipetrain.costs import Device
+from pipetrain.derived import num_microbatches
 from pipetrain.engine.versions import STASH
 from pipetrain.errors import ConfigError
 from pipetrain.models import Recipe

@@ -18,8 +18,8 @@ from pipetrain.config import (
     SyntheticConfig,
     TextConfig,
     TransformerConfig,
-    is_number,
 )
+from pipetrain.derived import is_number
 from pipetrain.errors import ConfigError
 from pipetrain.rules.data import check_images, check_synthetic, check_text
 from pipetrain.rules.lr_rules import LR_RULES, check_lr_rule

@@ -1,14 +1,7 @@
 """The rules about each model's own settings. Each function adds a line for every rule that is broken."""
 
-from pipetrain.config import (
-    AmoebaNetConfig,
-    AnythingConfig,
-    Config,
-    SyntheticConfig,
-    TextConfig,
-    TransformerConfig,
-    num_microbatches,
-)
+from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, SyntheticConfig, TextConfig, TransformerConfig
+from pipetrain.derived import num_microbatches
 from pipetrain.rules.words import shown
 
 

@@ -3,16 +3,8 @@
 import fnmatch
 from collections.abc import Sequence
 
-from pipetrain.config import (
-    AUTO,
-    BALANCES,
-    AnythingConfig,
-    Config,
-    is_number,
-    num_microbatches,
-    num_stages,
-    wanted_ranks,
-)
+from pipetrain.config import AUTO, BALANCES, AnythingConfig, Config
+from pipetrain.derived import is_number, num_microbatches, num_stages, wanted_ranks
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, ScheduleError
 from pipetrain.rules.stale import check_stale

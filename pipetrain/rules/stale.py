@@ -2,16 +2,8 @@
 
 import math
 
-from pipetrain.config import (
-    AUTO,
-    ONE_MICRO_BATCH,
-    AmoebaNetConfig,
-    Config,
-    SgdConfig,
-    TransformerConfig,
-    num_microbatches,
-    stale_family,
-)
+from pipetrain.config import AUTO, AmoebaNetConfig, Config, SgdConfig, TransformerConfig
+from pipetrain.derived import ONE_MICRO_BATCH, num_microbatches, stale_family
 from pipetrain.rules.words import shown
 from pipetrain.schedule import ALWAYS, NEVER
 from pipetrain.suggest import one_of

@@ -10,8 +10,9 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipetrain import models, schedule
-from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, TextConfig, num_microbatches, stale_family
+from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, TextConfig
 from pipetrain.data.text import TokenFolder
+from pipetrain.derived import num_microbatches, stale_family
 from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.stage import Stage
 from pipetrain.engine.tied import Tie

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 
 from pipetrain import config
-from pipetrain.config import num_stages
 from pipetrain.data.images.sets import ImageSet
 from pipetrain.data.text import TokenFolder
+from pipetrain.derived import num_stages
 from pipetrain.engine.minibatch import MiniBatch
 from pipetrain.engine.report import StepReport
 from pipetrain.engine.transport import Transport
@@ -176,9 +176,9 @@ class Trainer:
         self._write_status("running", None)
         while self.step < self.last_step:
             advance = self.steps.advance(self.step, float(self.signals.request))
-            for report in advance.reports:
+            for number, report in enumerate(advance.reports):
                 self.step += 1
-                self._log(report, advance)
+                self._log(report, advance, number)
             self._record(report)
             last = self.step == self.last_step
             save = last or self._due(self.cfg.checkpoint.every)
@@ -235,7 +235,11 @@ class Trainer:
             optimizer={name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)} | averages,
         )
 
-    def _log(self, report: StepReport, advance: Advance) -> None:
+    def _log(self, report: StepReport, advance: Advance, number: int) -> None:
+        """
+        Args:
+            number: which step of the advance it is.
+        """
         if self.metrics is None or self.console is None:
             return
         step_s = advance.seconds / len(advance.reports)
@@ -258,6 +262,8 @@ class Trainer:
         if self.job.prediction is not None:
             values["predicted/step_s"] = self.job.prediction.step_s
             values["predicted/bubble"] = self.job.prediction.bubble_fraction
+        if not advance.schedule.waits:
+            values |= {f"stage_{s}/staleness": late[number] for s, late in enumerate(advance.staleness)}
         self.metrics.log(self.step, values | pipeline_values(report.stages, advance.schedule, step_s))
         self._write_status("running", None)
 

@@ -12,7 +12,8 @@ from typing import Any, TextIO
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from pipetrain.config import Config, num_microbatches
+from pipetrain.config import Config
+from pipetrain.derived import num_microbatches
 from pipetrain.paths import RunPaths
 from pipetrain.training.console import Console
 

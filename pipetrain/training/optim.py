@@ -60,39 +60,39 @@ def build_optimizer(
     def is_inner(name: str, p: nn.Parameter) -> bool:
         return p.ndim == 2 and name not in outer
 
-    fused = not any(p.is_meta for p in trained.values())  # parameters without memory are only counted
     if isinstance(cfg, MuonConfig):
-        return Composite(
-            [
-                torch.optim.Muon(
-                    groups(is_inner), lr=cfg.lr, momentum=cfg.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"
-                ),
-                torch.optim.AdamW(
-                    groups(lambda name, p: not is_inner(name, p)), lr=cfg.lr, betas=_pair(cfg.betas), eps=cfg.eps
-                ),
-            ]
-        )
+        return _muon(cfg, groups(is_inner), groups(lambda name, p: not is_inner(name, p)))
+    # Parameters without memory are only counted.
+    return _of_one_kind(cfg, groups(), fused=not any(p.is_meta for p in trained.values()))
+
+
+Groups = list[dict[str, Any]]
+
+
+def _muon(cfg: MuonConfig, inner: Groups, others: Groups) -> torch.optim.Optimizer:
+    """Its step is scaled to the size of AdamW's, so that one learning rate is right for both."""
+    muon = torch.optim.Muon(inner, lr=cfg.lr, momentum=cfg.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    return Composite([muon, torch.optim.AdamW(others, lr=cfg.lr, betas=_pair(cfg.betas), eps=cfg.eps)])
+
+
+def _of_one_kind(cfg: OptimizerConfig, groups: Groups, *, fused: bool) -> torch.optim.Optimizer:
     if isinstance(cfg, RotatedAdamConfig):
         betas = _pair(cfg.betas)
-        return RotatedAdam(groups(), lr=cfg.lr, betas=betas, eps=cfg.eps, refresh=cfg.refresh, largest=cfg.largest)
+        return RotatedAdam(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, refresh=cfg.refresh, largest=cfg.largest)
     if isinstance(cfg, NadamConfig):
+        betas, decay = _pair(cfg.betas), cfg.momentum_decay
         return torch.optim.NAdam(
-            groups(),
-            lr=cfg.lr,
-            betas=_pair(cfg.betas),
-            eps=cfg.eps,
-            momentum_decay=cfg.momentum_decay,
-            decoupled_weight_decay=True,
+            groups, lr=cfg.lr, betas=betas, eps=cfg.eps, momentum_decay=decay, decoupled_weight_decay=True
         )
     if isinstance(cfg, AdamConfig):
         kind = torch.optim.AdamW if cfg.name == "adamw" else torch.optim.Adam
-        return kind(groups(), lr=cfg.lr, betas=_pair(cfg.betas), eps=cfg.eps, fused=fused)
+        return kind(groups, lr=cfg.lr, betas=_pair(cfg.betas), eps=cfg.eps, fused=fused)
     if isinstance(cfg, SgdConfig):
-        return torch.optim.SGD(groups(), lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)
     if isinstance(cfg, RmspropConfig):
-        return torch.optim.RMSprop(groups(), lr=cfg.lr, alpha=cfg.decay, eps=cfg.eps, momentum=cfg.momentum)
+        return torch.optim.RMSprop(groups, lr=cfg.lr, alpha=cfg.decay, eps=cfg.eps, momentum=cfg.momentum)
     assert isinstance(cfg, AdafactorConfig)
-    return torch.optim.Adafactor(groups(), lr=cfg.lr, beta2_decay=cfg.beta2_decay, d=cfg.clip_threshold)
+    return torch.optim.Adafactor(groups, lr=cfg.lr, beta2_decay=cfg.beta2_decay, d=cfg.clip_threshold)
 
 
 def _pair(betas: list[float]) -> tuple[float, float]:

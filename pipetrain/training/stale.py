@@ -61,7 +61,8 @@ class StaleSteps:
             spans = gather_spans(program.schedule, pieces.runtime.spans, transport)
             if transport.rank == 0:
                 write_trace(pieces.job.run, step + number, program.schedule, spans)
-        return Advance([report.step(i) for i in range(number)], time.perf_counter() - started, program.schedule)
+        reports = [report.step(i) for i in range(number)]
+        return Advance(reports, time.perf_counter() - started, program.schedule, report.staleness)
 
     def _program(self, number: int) -> tuple[Program, list[list[int]]]:
         """Every rank meets the lengths in the same order, so they agree on each schedule once, together."""

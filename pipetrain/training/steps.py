@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -50,11 +50,13 @@ class Advance(NamedTuple):
         reports: one for each step.
         seconds: of all of them.
         schedule: that they ran through.
+        staleness: [stage][step], in updates.
     """
 
     reports: list[StepReport]
     seconds: float
     schedule: Schedule
+    staleness: Sequence[Sequence[int]]
 
 
 class Steps(Protocol):
@@ -99,7 +101,8 @@ class SynchronousSteps:
             spans = gather_spans(pieces.schedule, pieces.runtime.spans, transport)
             if transport.rank == 0:
                 write_trace(pieces.job.run, step + 1, pieces.schedule, spans)
-        return Advance([report], time.perf_counter() - started, pieces.schedule)
+        fresh = [[0]] * pieces.schedule.num_stages
+        return Advance([report], time.perf_counter() - started, pieces.schedule, fresh)
 
     def _update(self, report: StepReport) -> None:
         """Called by the runtime once the gradients of all stages are there."""

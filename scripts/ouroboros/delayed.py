@@ -54,7 +54,9 @@ class DelayedTraining:
         )
         self._rule = UpdateRule(cfg, optimizer, own, len(balance))
         last = len(balance) - 1
-        self._groups = [(0, last) if last else (0,), *((s,) for s in range(1, last))]
+        # Devices update by themselves; where nothing is late all of them meet, for the norm of the whole gradient.
+        apart: list[tuple[int, ...]] = [(0, last) if last else (0,), *((s,) for s in range(1, last))]
+        self._groups = apart if any(delays) else [tuple(range(len(balance)))]
         self._gradients: dict[int, dict[str, Tensor]] = {}
         self._losses: dict[int, float] = {}
 

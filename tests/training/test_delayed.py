@@ -107,7 +107,7 @@ def test_the_stand_in_has_the_bits_of_the_pipeline(balance: tuple[int, ...], cas
 
 
 def test_a_synchronous_stand_in_is_a_drain_after_every_step() -> None:
-    cfg = settings(grad_clip=0.5)
+    cfg = settings(grad_clip=None)  # there each device clips what it has
     orders = [schedule.build_stale(STALE["ouroboros"], 2, 1, 1, recompute="never")] * STEPS
     right = pipelined(cfg, (2, 2, 2), orders)
     training = DelayedTraining(tiny(), (2, 2, 2), cfg, [0, 0, 0])

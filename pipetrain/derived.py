@@ -1,0 +1,63 @@
+"""What follows from the settings: the usual value where nothing is said, or where the planner is yet to choose.
+
+No torch here, as in `config`.
+"""
+
+from typing import Any
+
+from pipetrain.config import AmoebaNetConfig, Config
+from pipetrain.schedule import LOCKED, SCHEDULES, STALE, StaleFamily, is_file, read_file
+
+MAX_DEFAULT_MICRO_BATCHES = 16
+MIN_DEFAULT_SAMPLES = 4  # in a micro-batch of a model with BatchNorm, which normalises each by itself
+ONE_MICRO_BATCH = ("ouroboros", "pipedream")  # schedules with an update after every one
+
+
+def num_microbatches(cfg: Config) -> int:
+    """Micro-batches of one mini-batch. The default does not depend on the devices: numbers must not either."""
+    if is_number(cfg.micro_batches):
+        return int(cfg.micro_batches)
+    if is_file(cfg.schedule):
+        return read_file(cfg.schedule).num_microbatches
+    if cfg.schedule in ONE_MICRO_BATCH:
+        return 1
+    return min(MAX_DEFAULT_MICRO_BATCHES, max(1, cfg.batch_size // least_samples(cfg)))
+
+
+def least_samples(cfg: Config) -> int:
+    """In a micro-batch, where nobody says otherwise."""
+    return MIN_DEFAULT_SAMPLES if isinstance(cfg.model, AmoebaNetConfig) else 1
+
+
+def num_stages(cfg: Config, num_ranks: int) -> int:
+    """Stages of the whole pipeline: the partitions asked for, or as many on each rank as the schedule usually has."""
+    if is_file(cfg.schedule):
+        return read_file(cfg.schedule).num_stages
+    if is_number(cfg.partitions):
+        return int(cfg.partitions)
+    family = STALE.get(cfg.schedule)
+    return num_ranks * _usual_stages(cfg) if family is None else family.num_stages(num_ranks)
+
+
+def wanted_ranks(cfg: Config) -> int | None:
+    """How many ranks `devices=auto` should give, where the partitions or a file of the schedule say it."""
+    if is_file(cfg.schedule):
+        return read_file(cfg.schedule).num_ranks
+    extra = STALE[cfg.schedule].extra if cfg.schedule in STALE else 0
+    return max(1, (cfg.partitions - extra) // _usual_stages(cfg)) if is_number(cfg.partitions) else None
+
+
+def stale_family(cfg: Config) -> StaleFamily | None:
+    """Of a stale schedule."""
+    return LOCKED if (cfg.schedule, cfg.stale.tied) == ("ouroboros", "locked") else STALE.get(cfg.schedule)
+
+
+def _usual_stages(cfg: Config) -> int:
+    """On each rank."""
+    family = SCHEDULES.get(cfg.schedule)  # none where the planner is to choose, or where rules will object
+    return 1 if family is None else family.usual
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a whole one."""
+    return isinstance(value, int) and not isinstance(value, bool)
