@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipetrain.schedule import Action, Schedule, build, peak_in_flight
+from pipetrain.schedule import STALE, Action, Schedule, build, peak_in_flight
 from pipetrain.sim.cut import StageBytes
 from pipetrain.sim.memory import Memory, memory
 
@@ -53,3 +53,15 @@ def test_versions_of_weights_are_those_that_micro_batches_in_flight_have_seen() 
     row = tuple(map(Action.parse, ("0F0", "0F1", "0B0", "0U", "0F2", "0B1")))
     (found,) = memory(Schedule("stale", 3, (0,), ((*row, Action.parse("0B2"), Action.parse("0U")),)), [STAGE])
     assert found.versions == 1000  # F1 has seen what was before the update, and its backward is still to come
+
+
+def test_module_k_of_a_stale_pipeline_has_k_minus_1_copies_less_than_the_first() -> None:
+    schedule = STALE["pipedream"].generate(4, 1, 9)
+    assert [found.versions for found in memory(schedule, [STAGE] * 4)] == [3000, 2000, 1000, 0]
+    assert [found.versions for found in memory(schedule, [STAGE] * 4, stashes=False)] == [0, 0, 0, 0]
+
+
+def test_2bw_has_two_versions_at_any_depth() -> None:
+    for depth in (2, 4, 6):
+        found = memory(STALE["pipedream_2bw"].generate(depth, depth + 1, 5), [STAGE] * depth)
+        assert {stage.versions for stage in found} <= {0, 1000}

@@ -10,6 +10,7 @@ import pytest
 
 from pipetrain.costs import Device, LayerCost, Link, ModelCost, ValueCost
 from pipetrain.errors import ConfigError
+from pipetrain.schedule import STALE
 from pipetrain.sim.draft import drafts
 from pipetrain.sim.forecast import Choice, Forecast, Setting, forecast
 from pipetrain.sim.nowhere import FitsNowhere
@@ -217,3 +218,26 @@ def test_micro_batches_that_do_not_come_out_even_cost_what_they_cost_on_average(
     assert found.stages[0].cost.forward_s == pytest.approx((15 * a_forward_s[0] + a_forward_s[1]) / 16)
     large = replace(given, batch_size=32)
     assert found.stages[0].memory == forecast(large, Choice("gpipe", 1, 16, "never"), (2,)).stages[0].memory
+
+
+@pytest.mark.parametrize("name", ["ouroboros", "pipedream", "bounded"])
+@pytest.mark.parametrize("seed", range(4))
+def test_its_cut_for_a_stale_schedule_is_within_a_twentieth_of_the_best(seed: int, name: str) -> None:
+    """The first and the last module share a device: together they are to take as long as one of the others."""
+    draw = random.Random(seed)
+    seconds = [draw.choice([0.5, 1.0, 1.0, 2.0, 3.0]) for _ in range(9)]
+    given, stages = setting(seconds, 3), STALE[name].num_stages(3)
+    choice = Choice(name, 1, 4 if name == "bounded" else 1, "never", num_steps=30)
+    cuts = itertools.combinations(range(1, len(seconds)), stages - 1)
+    balances = [tuple(b - a for a, b in itertools.pairwise((0, *cut, len(seconds)))) for cut in cuts]
+    best = min(forecast(given, choice, balance).step_s for balance in balances)
+    assert plans(given, [choice])[0].step_s <= 1.05 * best
+
+
+def test_a_stale_step_is_what_a_step_takes_between_two_drains() -> None:
+    given, balance = setting([1.0] * 6, 3, slowness=1.0), (1, 2, 2, 1)
+    many, one = (forecast(given, Choice("ouroboros", 1, 1, "never", num_steps=n), balance) for n in (200, 1))
+    work_s = sum(2 * (stage.cost.forward_s + stage.cost.backward_s) for stage in many.stages) / 2
+    assert work_s / 3 < many.step_s < 1.05 * work_s / 3 + 0.1
+    assert one.step_s > work_s
+    assert many.bubble_fraction < 0.1 < one.bubble_fraction
