@@ -202,7 +202,7 @@ class StaleConfig:
         "free",
     )
     warmup_steps: int = setting("synchronous steps before the stale ones", 0)
-    drain_every: int = setting("steps between two moments at which the pipeline is empty", 100)
+    drain_every: int = setting("steps between two moments at which the pipeline is empty", 50)
     correctors: list[str] = field(
         default_factory=list,
         metadata={"help": "against late gradients, any of [error_feedback,spike_compensation,pipemare]"},

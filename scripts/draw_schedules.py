@@ -2,10 +2,23 @@
 
 from pathlib import Path
 
-from pipetrain.schedule import SCHEDULES, Schedule, bubble_fraction, build, grid, peak_in_flight, timeline
+from pipetrain.schedule import (
+    LOCKED,
+    SCHEDULES,
+    STALE,
+    Schedule,
+    bubble_fraction,
+    build,
+    build_stale,
+    grid,
+    peak_in_flight,
+    staleness,
+    timeline,
+)
 from pipetrain.schedule.picture import svg
 
 RANKS, MICRO_BATCHES = 4, 8
+STEPS = 10  # mini-batches of the segments that are drawn
 PAGE = Path(__file__).parent.parent / "docs" / "schedules.md"
 PICTURES = PAGE.parent / "schedules"
 
@@ -53,9 +66,31 @@ ever, or if stages add up their gradients in different orders; the lists are pri
 """
 
 
+STALE_INTRODUCTION = f"""# Stale schedules
+
+    pipetrain devices=3 schedule=ouroboros
+    pipetrain devices=4 schedule=pipedream_2bw stale.weights=replay
+
+Here no rank waits for an update: a gradient is applied some updates after its weights were read
+([ouroboros.md](ouroboros.md) says what that does to a training). They are drawn over {STEPS} mini-batches, from one
+moment at which the pipeline is empty to the next (`stale.drain_every`); micro-batches are numbered through. How late
+each stage is, is computed from the schedule.
+"""
+
+
 def drawn() -> dict[str, Schedule]:
     """The schedules of the page."""
     return {name: build(name, RANKS, MICRO_BATCHES, recompute="never") for name in SCHEDULES}
+
+
+def drawn_stale() -> dict[str, Schedule]:
+    """The stale ones."""
+    families = {**STALE, "ouroboros_locked": LOCKED}
+    numbers = {"pipedream_2bw": RANKS, "bounded": 2}
+    return {
+        name: build_stale(family, RANKS - family.extra, numbers.get(name, 1), STEPS, recompute="never")
+        for name, family in families.items()
+    }
 
 
 def page() -> str:
@@ -77,6 +112,19 @@ def page() -> str:
         f"As text, `1f1b` with recompute and 4 micro-batches, a column for the time of a forward:\n\n```\n{grid(one)}"
         "\n```\n"
     )
+    parts.append(STALE_INTRODUCTION)
+    for name, schedule in drawn_stale().items():
+        title = name if name in STALE else "ouroboros with stale.tied=locked"
+        late = [max(of_stage) for of_stage in staleness(schedule)]
+        what = (
+            _first_line(STALE[name].generate) if name in STALE else "Each forward waits for the one before to return."
+        )
+        sizes = f"{schedule.num_stages} stages on {schedule.num_ranks} devices"
+        parts.append(
+            f"## {title}\n\n{what} {sizes}, {schedule.num_microbatches} micro-batch"
+            f"{'es' if schedule.num_microbatches > 1 else ''} a step: {late} updates late.\n\n"
+            f"![{title}](schedules/{name}.svg)\n"
+        )
     return "\n".join(parts)
 
 
@@ -114,5 +162,5 @@ def picture(schedule: Schedule) -> str:
 if __name__ == "__main__":
     PAGE.write_text(page())
     PICTURES.mkdir(exist_ok=True)
-    for name, schedule in drawn().items():
+    for name, schedule in {**drawn(), **drawn_stale()}.items():
         (PICTURES / f"{name}.svg").write_text(picture(schedule))

@@ -13,7 +13,7 @@ from pipetrain.planning.choices import choices
 
 
 def stale(schedule: str = "ouroboros", devices: int = 2, **changes: Any) -> Config:
-    return settings(**{"schedule": schedule, "devices": devices, "steps": 200, **changes})
+    return settings(**{"schedule": schedule, "devices": devices, "steps": 200, "stale__drain_every": 100, **changes})
 
 
 @pytest.mark.parametrize(
