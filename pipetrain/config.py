@@ -44,6 +44,21 @@ class TransformerConfig(ModelConfig):
 
 
 @dataclass(kw_only=True)
+class TransformerXLConfig(ModelConfig):
+    name: str = setting("language model with memory and relative positions (Transformer-XL)", "transformer_xl")
+    layers: int = setting("number of Transformer blocks", 6)
+    d_model: int = setting("width of the residual stream", 256)
+    d_ff: int = setting("width inside the feed-forward layers", 1024)
+    heads: int = setting("attention heads; must divide d_model", 4)
+    dropout: float = setting("probability of dropping an activation, 0 to below 1", 0.1)
+    attention_dropout: float = setting("probability of dropping an attention weight, 0 to below 1", 0.0)
+    memory: int = setting("tokens before a sample that attention sees in training", 128)
+    evaluation_memory: int | None = setting("the same in evaluation; null = as many", None)
+    tied: bool = setting("one matrix for the input embedding and the output layer", True)
+    shared_biases: bool = setting("one pair of attention biases for all blocks; stale schedules need false", False)
+
+
+@dataclass(kw_only=True)
 class AmoebaNetConfig(ModelConfig):
     name: str = setting("AmoebaNet image classifier, sized by (layers, filters) as GPipe's (L, D)", "amoebanet")
     genotype: str = setting("which cells: D | B", "D")
@@ -319,7 +334,12 @@ class Config:
 
 # Which schema a group's `name` stands for. Used by `cli` (typed composition) and by `from_json`.
 SCHEMAS: dict[str, dict[str, type]] = {
-    "model": {"transformer": TransformerConfig, "amoebanet": AmoebaNetConfig, "anything": AnythingConfig},
+    "model": {
+        "transformer": TransformerConfig,
+        "transformer_xl": TransformerXLConfig,
+        "amoebanet": AmoebaNetConfig,
+        "anything": AnythingConfig,
+    },
     "data": {"text": TextConfig, "synthetic": SyntheticConfig, "images": ImagesConfig},
     "optimizer": {
         "adamw": AdamConfig,

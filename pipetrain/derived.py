@@ -5,7 +5,7 @@ No torch here, as in `config`.
 
 from typing import Any
 
-from pipetrain.config import AmoebaNetConfig, Config
+from pipetrain.config import AmoebaNetConfig, Config, TransformerXLConfig
 from pipetrain.schedule import LOCKED, SCHEDULES, STALE, StaleFamily, is_file, read_file
 
 MAX_DEFAULT_MICRO_BATCHES = 16
@@ -45,6 +45,11 @@ def wanted_ranks(cfg: Config) -> int | None:
         return read_file(cfg.schedule).num_ranks
     extra = STALE[cfg.schedule].extra if cfg.schedule in STALE else 0
     return max(1, (cfg.partitions - extra) // _usual_stages(cfg)) if is_number(cfg.partitions) else None
+
+
+def remembers(cfg: Config) -> bool:
+    """Whether the model carries something from one sample to the next."""
+    return isinstance(cfg.model, TransformerXLConfig) and cfg.model.memory + (cfg.model.evaluation_memory or 0) > 0
 
 
 def stale_family(cfg: Config) -> StaleFamily | None:

@@ -16,6 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "costs": set(),
     "paths": set(),
     "seeds": set(),
+    "segment_memory": set(),
     "suggest": set(),
     "devices": {"errors"},
     "schedule": {"errors"},
@@ -25,10 +26,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "derived": {"config", "schedule"},
     "rules": {"config", "derived", "errors", "devices", "suggest", "schedule"},
     "vision": set(),
-    "models": {"errors", "seeds", "suggest", "vision"},
+    "models": {"errors", "seeds", "segment_memory", "suggest", "vision"},
     "data": {"errors", "processes", "seeds", "suggest", "vision"},
     "partition": {"models", "schedule", "costs", "errors", "seeds", "suggest"},
-    "engine": {"schedule", "errors", "garbage", "seeds"},
+    "engine": {"schedule", "errors", "garbage", "seeds", "segment_memory"},
     "training": BASE | {"config", "derived", "schedule", "sim", "models", "data", "partition", "engine"},
     "pipeline": {"engine", "errors", "models", "partition", "schedule", "sim", "suggest", "training"},
     "profile": {"costs", "engine", "models", "partition", "schedule", "seeds"},
@@ -39,7 +40,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "torchrun": {"errors"},
     "worker": {"processes", "training", "engine", "errors", "paths"},
     "check": BASE
-    | {"config", "derived", "launch", "models", "partition", "planning", "schedule", "torchrun", "training", "worker"},
+    | {
+        "segment_memory",
+        "config",
+        "derived",
+        "launch",
+        "models",
+        "partition",
+        "planning",
+        "schedule",
+        "torchrun",
+        "training",
+        "worker",
+    },
     "preview": {
         "config",
         "derived",
@@ -75,6 +88,7 @@ NO_TORCH = {"schedule", "sim", "config", "derived", "rules", "devices", *BASE, *
 SEES_HYDRA = {"cli"}
 # What a guarantee is checked against must not be the engine itself: by no road through training either.
 OF_THE_REFERENCE = {
+    "segment_memory",
     "config",
     "derived",
     "models.recipe",

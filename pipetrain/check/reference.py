@@ -20,6 +20,7 @@ from pipetrain.derived import num_microbatches
 from pipetrain.models.recipe import BATCH, Recipe, Tensors, Value, unsplit
 from pipetrain.partition.split import build_layer
 from pipetrain.seeds import derive_seed, name_of_call, seed_pythons_generators
+from pipetrain.segment_memory import SegmentMemory
 from pipetrain.training.optim import build_optimizer, learning_rate, set_learning_rate
 from pipetrain.training.record import Recorder
 
@@ -106,6 +107,8 @@ class PlainModel:
             self.parameters |= {use: by_name[unsplit(use)] for use in uses}
         self.modules: dict[str, nn.Module] = dict(self._named("named_modules"))
         norms = {id(m): m for m in self.modules.values() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+        self._memories = [m for m in self.modules.values() if isinstance(m, SegmentMemory)]
+        self._remembered: dict[int, list[Tensor | None]] = {}  # by micro-batch: its rows are streams of their own
         self.batch_norms = [MiniBatchNorm(module) for module in norms.values()]
         self._seed, self._step, self._microbatch = seed, 0, 0
         self._place: int | None = None
@@ -140,7 +143,12 @@ class PlainModel:
 
         for norm in self.batch_norms:
             norm.counts = True
+        for memory, state in zip(self._memories, self._remembered.get(microbatch, ()), strict=False):
+            memory.state = state
         output = self._body.run(inputs, before)
+        self._remembered[microbatch] = [memory.state for memory in self._memories]
+        for memory in self._memories:
+            memory.state = None
         # What torch.utils.checkpoint runs again in the backward draws the same, and is not counted again.
         self._place = None
         self._calls.clear()

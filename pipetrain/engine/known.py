@@ -9,6 +9,7 @@ from types import BuiltinFunctionType
 
 from torch import nn
 
+_OURS = ("pipetrain.models.", "pipetrain.segment_memory")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -23,7 +24,7 @@ def runs_known_code_only(module: nn.Module) -> bool:
 
 def _is_known(part: nn.Module) -> bool:
     return (
-        (is_torchs_own(part) or type(part).__module__.startswith("pipetrain.models."))
+        (is_torchs_own(part) or type(part).__module__.startswith(_OURS))
         and not any(getattr(part, hooks) for hooks in _HOOKS)
         and all(_is_torchs_function(value) for value in vars(part).values() if callable(value))
     )

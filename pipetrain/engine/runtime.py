@@ -176,13 +176,18 @@ class Runtime:
         spans, data_s = self.spans, self._minibatches.seconds
         return self._reporter.reduce_segment(program.schedule, first_step, losses, self._made, request, spans, data_s)
 
-    def evaluate_step(self, program: Program, inputs: Tensors | None, targets: Tensors | None) -> Tensor:
+    def evaluate_step(
+        self, program: Program, inputs: Tensors | None, targets: Tensors | None, number: int = 0
+    ) -> Tensor:
         """Runs the forwards of one batch.
+
+        Args:
+            number: of the batch in its split: with the first one memories start anew.
 
         Returns:
             float64 on the CPU: on the last stage's rank the sums of the loss and of each measure, elsewhere one zero.
         """
-        self._begin(program, 0, lambda _: MiniBatch(inputs, targets), training=False)
+        self._begin(program, number, lambda _: MiniBatch(inputs, targets), training=False)
         self._run(program)
         measures = [torch.stack(each).double().sum() for each in zip(*self._measured, strict=True)]
         return torch.stack([self._losses[0], *measures]).cpu()

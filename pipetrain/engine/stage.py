@@ -16,6 +16,7 @@ from pipetrain.engine.layer import Layer, LayerGraph
 from pipetrain.engine.loss import Loss, LossSum, Tensors
 from pipetrain.engine.message import ValueId, Values
 from pipetrain.engine.rng import LayerRandomness
+from pipetrain.engine.segments import Segments
 from pipetrain.engine.structure import TensorSpec, describe, same_kind, structure_of
 from pipetrain.engine.wiring import Inputs, Wiring
 from pipetrain.errors import LayerError
@@ -83,6 +84,7 @@ class Stage:
         self._all = [*self.layers, Layer("loss", "loss.", self._loss)] if self._loss is not None else self.layers
         self._first = dataflow.stage_of.index(index)
         self._recomputed = {number for number, layer in enumerate(self._all, self._first) if recomputes(layer.name)}
+        self.segments = Segments(self.layers)
         self._in_flight: dict[tuple[int, int], _InFlight] = {}  # by step and micro-batch
         self._came_training = [(m, m.training) for layer in self.layers for m in layer.module.modules()]
         self._trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
@@ -123,6 +125,7 @@ class Stage:
         """
         for module, came_training in self._came_training:
             module.training = mode and came_training
+        self.segments.train(mode)
         if self._loss is not None:
             self._loss.training = mode
         for statistics in self._statistics:
@@ -271,7 +274,7 @@ class Stage:
                 if is_run_again:
                     kept = zip(wired.values, taken, strict=True)
                     state.inputs.update((value, x) for value, x in kept if value[0] not in self._recomputed)
-                with self._own_state(layer, number, state, again, is_run_again):
+                with self._own_state(layer, number, microbatch, state, again, is_run_again):
                     if with_graph:
                         leaves, spec, graph = layer.forward_with_graph(taken, wired.arrange, wired.needs_grad)
                         if keep_graph or not is_recomputed:
@@ -289,10 +292,18 @@ class Stage:
         return values
 
     def _own_state(
-        self, layer: Layer, number: int, state: _InFlight, again: bool, is_run_again: bool
+        self, layer: Layer, number: int, microbatch: int, state: _InFlight, again: bool, is_run_again: bool
     ) -> AbstractContextManager[object]:
         """What a layer changes in itself in training is kept in the forward, and put back for the recompute."""
         contexts: list[AbstractContextManager[None]] = []
+        place_in_stage, which = number - self._first, (self.step, microbatch)
+        if self.segments.are_in(place_in_stage):
+            segments = self.segments
+            contexts.append(
+                segments.recompute(place_in_stage, which)
+                if again
+                else segments.forward(place_in_stage, which, keep=is_run_again)
+            )
         for place, own in enumerate(layer.own_state if layer.module.training else ()):
             if again:
                 if saved := state.own.get((number, place)):

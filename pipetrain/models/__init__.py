@@ -8,12 +8,14 @@ from pipetrain.models.anything import anything
 from pipetrain.models.faithful import check_layers
 from pipetrain.models.recipe import BATCH, LayerRecipe, Recipe, Value
 from pipetrain.models.transformer import transformer
+from pipetrain.models.transformer_xl import transformer_xl
 from pipetrain.models.tryout import DoesNotFit, try_out
 
 MODELS: dict[str, Callable[..., Recipe]] = {
     "amoebanet": amoebanet,
     "anything": anything,
     "transformer": transformer,
+    "transformer_xl": transformer_xl,
 }
 
 

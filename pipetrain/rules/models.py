@@ -1,12 +1,20 @@
 """The rules about each model's own settings. Each function adds a line for every rule that is broken."""
 
-from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, SyntheticConfig, TextConfig, TransformerConfig
+from pipetrain.config import (
+    AmoebaNetConfig,
+    AnythingConfig,
+    Config,
+    SyntheticConfig,
+    TextConfig,
+    TransformerConfig,
+    TransformerXLConfig,
+)
 from pipetrain.derived import num_microbatches
 from pipetrain.rules.words import shown
 
 
 def check_transformer(cfg: Config, problems: list[str]) -> None:
-    if isinstance(cfg.model, TransformerConfig):
+    if isinstance(cfg.model, TransformerConfig | TransformerXLConfig):
         if not isinstance(cfg.data, TextConfig):
             problems.append(
                 f"data={cfg.data.name} gives numbers, but model={cfg.model.name} reads tokens; use data=text"
@@ -23,8 +31,24 @@ def check_transformer(cfg: Config, problems: list[str]) -> None:
             problems.append(
                 f"model.heads={model.heads} does not divide model.d_model={model.d_model}; try model.heads={nearest}"
             )
-        if model.positions == "sinusoidal" and model.d_model % 2:
-            problems.append(f"model.positions=sinusoidal needs an even model.d_model (got {model.d_model})")
+        sinusoidal = isinstance(model, TransformerXLConfig) or model.positions == "sinusoidal"
+        if sinusoidal and model.d_model % 2:
+            problems.append(f"sinusoidal positions need an even model.d_model (got {model.d_model})")
+    if isinstance(cfg.model, TransformerXLConfig):
+        _check_memory(cfg, cfg.model, problems)
+
+
+def _check_memory(cfg: Config, model: TransformerXLConfig, problems: list[str]) -> None:
+    for key in ("memory", "evaluation_memory"):
+        if (getattr(model, key) or 0) < 0:
+            problems.append(f"model.{key}={getattr(model, key)} must be at least 0")
+    if not 0 <= model.attention_dropout < 1:
+        problems.append(f"model.attention_dropout={model.attention_dropout} must be at least 0 and below 1")
+    if isinstance(cfg.data, TextConfig) and cfg.data.order != "contiguous" and model.memory > 0:
+        problems.append(
+            f"data.order={cfg.data.order}: model.memory={model.memory} remembers the sample before, which is then some "
+            "other text; use data.order=contiguous, or model.memory=0"
+        )
 
 
 def check_anything(cfg: Config, problems: list[str]) -> None:

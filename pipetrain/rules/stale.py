@@ -2,7 +2,7 @@
 
 import math
 
-from pipetrain.config import AUTO, AmoebaNetConfig, Config, SgdConfig, TransformerConfig
+from pipetrain.config import AUTO, AmoebaNetConfig, Config, SgdConfig, TransformerConfig, TransformerXLConfig
 from pipetrain.derived import ONE_MICRO_BATCH, num_microbatches, stale_family
 from pipetrain.rules.words import shown
 from pipetrain.schedule import ALWAYS, NEVER
@@ -55,7 +55,9 @@ def check_stale(cfg: Config, num_ranks: int, problems: list[str]) -> None:
             f"model={cfg.model.name} has BatchNorm, whose running statistics would be of many versions of the weights "
             f"under {name}; use a synchronous schedule, such as schedule=1f1b"
         )
-    is_tied = isinstance(cfg.model, TransformerConfig) and cfg.model.tied
+    if isinstance(cfg.model, TransformerXLConfig) and cfg.model.shared_biases and num_ranks > 1:
+        problems.append(tied_apart("model.shared_biases=true", cfg.schedule, "model.shared_biases=false"))
+    is_tied = isinstance(cfg.model, TransformerConfig | TransformerXLConfig) and cfg.model.tied
     if is_tied and cfg.schedule != "ouroboros" and num_ranks > 1:
         problems.append(tied_apart("model.tied=true", cfg.schedule, "model.tied=false"))
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from pipetrain.config import Config, ImagesConfig, SyntheticConfig, TextConfig
-from pipetrain.data.batches import ONCE, Batches, TextBatches
+from pipetrain.data.batches import CONTIGUOUS, ONCE, Batches, TextBatches
 from pipetrain.data.images.batches import ImageBatches
 from pipetrain.data.images.sets import KINDS, ImageSet, prepare_images
 from pipetrain.data.synthetic import SyntheticBatches
 from pipetrain.data.text import TokenFolder, prepare_text
+from pipetrain.derived import remembers
 from pipetrain.engine.loss import Tensors
 
 Prepared = TokenFolder | ImageSet  # what is known of the data before a worker starts
@@ -66,7 +67,8 @@ def open_data(cfg: Config, prepared: Prepared | None, split: str) -> Batches:
         )
     assert isinstance(data, TextConfig)
     assert isinstance(prepared, TokenFolder)
-    order = data.order if split == "train" else ONCE
+    # What remembers reads every split in rows that go on.
+    order = data.order if split == "train" else CONTIGUOUS if remembers(cfg) else ONCE
     return TextBatches(prepared, split, seq_len=data.seq_len, batch_size=cfg.batch_size, order=order, seed=cfg.seed)
 
 

@@ -44,7 +44,7 @@ class Evaluator:
                 return {}, requests
             program = self._program(min(self._schedule.num_microbatches, data.rows(index)))
             inputs, targets = self._part(data, index)
-            sums += self._runtime.evaluate_step(program, inputs, targets)
+            sums += self._runtime.evaluate_step(program, inputs, targets, index)
             count += self._recipe.count(targets) if targets is not None else 0
         total = self._sum(torch.cat([sums, torch.tensor([count], dtype=torch.float64)]))
         return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True)), 0.0

@@ -102,6 +102,8 @@ class Trainer:
             outer=outer_parameters(recipe, self.runtime.own_parameters),
         )
         self.data = open_data(cfg, job.data, "train")
+        for stage in self.runtime.stages.values():
+            stage.segments.steps_of_epoch = self.data.num_batches
         self.last_step = cfg.steps or (cfg.epochs or 0) * self.data.num_batches
         self.average = self._start()
         self.recorder = self._recorder() if job.record else None
@@ -129,6 +131,7 @@ class Trainer:
         reader = checkpoint.Reader(self.job.checkpoint) if self.job.checkpoint is not None else None
         if reader is not None:
             state.restore(reader, self.runtime, self.optimizer, self.ties)
+            state.restore_memories(reader, self.runtime, self.schedule.num_microbatches)
             self.step = reader.manifest.step
         elif self.job.start is not None:
             init_from.load(checkpoint.Reader(self.job.start), self.runtime, self.ties)

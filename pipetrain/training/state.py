@@ -1,4 +1,5 @@
-"""What a checkpoint holds of one stage by names of the unsplit model: weights, their average, buffers, optimizer state.
+"""What a checkpoint holds of one stage by names of the unsplit model: weights, their average, buffers, optimizer state,
+and what layers remember of the text before.
 
 A tied parameter is stored once, under the name of its first use, with the state that belongs to it; every use is
 restored from there.
@@ -24,6 +25,7 @@ def collect(
     tensors: dict[str, Tensor] = {}
     for stage in runtime.stages.values():
         tensors |= {f"model/{name}": buffer for name, buffer in stage.named_buffers()}
+        tensors |= {f"memory/{name}": states for name, states in stage.segments.saved().items()}
     for name, parameter in runtime.own_parameters.items():
         if name in later_uses:
             continue
@@ -53,6 +55,16 @@ def restore(reader: Reader, runtime: Runtime, optimizer: torch.optim.Optimizer, 
             )
         tensor.copy_(stored)
     _restore_optimizer(reader, runtime.own_parameters, optimizer, first_use)
+
+
+def restore_memories(reader: Reader, runtime: Runtime, num_microbatches: int) -> None:
+    """Fills what layers remember of the text before, also for another number of micro-batches."""
+    there = reader.names("memory/")
+    for stage in runtime.stages.values():
+        for name in stage.segments.names:
+            if f"memory/{name}" in there:
+                states = reader.get(f"memory/{name}").to(runtime.device)
+                stage.segments.restore(name, states, reader.manifest.step, num_microbatches)
 
 
 def restore_average(reader: Reader, average: WeightAverage, ties: Sequence[Tie]) -> None:
