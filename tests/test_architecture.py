@@ -40,19 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "torchrun": {"errors"},
     "worker": {"processes", "training", "engine", "errors", "paths"},
     "check": BASE
-    | {
-        "segment_memory",
-        "config",
-        "derived",
-        "launch",
-        "models",
-        "partition",
-        "planning",
-        "schedule",
-        "torchrun",
-        "training",
-        "worker",
-    },
+    | {"config", "derived", "launch", "models", "partition", "planning", "schedule", "segment_memory", "torchrun"}
+    | {"training", "worker"},
     "preview": {
         "config",
         "derived",

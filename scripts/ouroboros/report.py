@@ -1,0 +1,201 @@
+"""Makes the tables and the figure of the convergence study: docs/convergence.md, docs/convergence.svg.
+
+    .venv/bin/python scripts/ouroboros/report.py WORK
+
+The target is the mean validation loss of the synchronous AdamW runs at 80 % of their steps. A run has reached it at the
+first evaluation behind which its losses, as a mean of three, stay there; between two evaluations the step is taken
+linearly. Ratios are to the synchronous AdamW run with the same seed.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+
+import matplotlib
+from convergence import (
+    EVAL_EVERY,
+    LAYERS,
+    ONE_LATE,
+    RATES,
+    SEEDS,
+    STALE,
+    STEPS,
+    SYNCHRONOUS,
+    WARMUP,
+    WIDTH,
+    Cell,
+    best_of_seed_0,
+    first_cells,
+    score,
+)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "convergence.md"
+BASELINE = "synchronous adamw"
+_SMOOTHED = 3
+
+Losses = Sequence[float]
+
+
+def losses_of(work: Path, cell: Cell) -> Losses | None:
+    """None where the cell was not run."""
+    path = cell.path(work)
+    return json.loads(path.read_text())["losses"] if path.exists() else None
+
+
+def smoothed(losses: Losses) -> list[float]:
+    """Each with its neighbours."""
+    return [mean(losses[max(0, i - 1) : i + 2]) for i in range(len(losses))]
+
+
+def steps_to(target: float, losses: Losses) -> float | None:
+    """Steps after which the smoothed loss stays at or below the target; None if it does not get there."""
+    even = smoothed(losses)
+    above = [i for i, loss in enumerate(even) if not loss <= target]
+    if not above:
+        return float(EVAL_EVERY)
+    last = above[-1]
+    if last + 1 >= len(even):
+        return None
+    share = (even[last] - target) / (even[last] - even[last + 1])
+    return EVAL_EVERY * (last + 1 + share)
+
+
+def ratios(work: Path, cell: Cell, target: float, base: Mapping[int, float]) -> list[float | None]:
+    """Steps of each seed to the target, over those of the baseline."""
+    found: list[float | None] = []
+    for seed in base:
+        losses = losses_of(work, Cell(cell.method, cell.modules, cell.lr, seed))
+        if losses is not None:
+            steps = steps_to(target, losses)
+            found.append(None if steps is None else steps / base[seed])
+    return found
+
+
+def shown(values: Sequence[float | None]) -> str:
+    """Mean and spread; a run that did not get there is said."""
+    there = [value for value in values if value is not None]
+    missing = len(values) - len(there)
+    if not there:
+        return "not reached"
+    text = f"{mean(there):.2f}" + (f" ({min(there):.2f} to {max(there):.2f})" if len(there) > 1 else "")
+    return f"{text}, {missing} not reached" if missing else text
+
+
+def page(work: Path) -> str:
+    best = best_of_seed_0(work)
+    baseline = best[BASELINE, 0]
+    seeds = SEEDS[4]
+    curves = {seed: losses_of(work, Cell(BASELINE, 0, baseline.lr, seed)) for seed in seeds}
+    there = {seed: losses for seed, losses in curves.items() if losses is not None}
+    target = mean(smoothed(losses)[round(0.8 * STEPS / EVAL_EVERY) - 1] for losses in there.values())
+    base = {seed: steps for seed, losses in there.items() if (steps := steps_to(target, losses)) is not None}
+    rows = []
+    for method in (*SYNCHRONOUS, *ONE_LATE):
+        if (method, 0) in best:
+            cell = best[method, 0]
+            ratio = shown(ratios(work, cell, target, base))
+            rows.append(
+                f"| {method} | {'any' if method in ONE_LATE else '-'} | {cell.lr:g} | {ratio} | {last(work, cell)} |"
+            )
+    for modules in SEEDS:
+        for method in STALE:
+            if (method, modules) in best:
+                cell = best[method, modules]
+                ratio = shown(ratios(work, cell, target, base))
+                rows.append(f"| {method} | {modules} | {cell.lr:g} | {ratio} | {last(work, cell)} |")
+    every = [*dict.fromkeys((cell.method, cell.modules) for cell in first_cells())]
+    rates = []
+    for method, modules in every:
+        cells = [Cell(method, modules, lr, 0) for lr in RATES]
+        scores = [f"{score(work, cell):.3f}" if cell.path(work).exists() else "" for cell in cells]
+        rates.append(f"| {method} | {modules or '-'} | {' | '.join(scores)} |")
+    return TEXT.format(
+        target=f"{target:.3f}",
+        steps=mean(base.values()),
+        rows="\n".join(rows),
+        rates="\n".join(rates),
+        titles=" | ".join(f"{lr:g}" for lr in RATES),
+        lines=" | ".join("---" for _ in RATES),
+        layers=LAYERS,
+        width=WIDTH,
+        total=STEPS,
+        warmup=WARMUP,
+        every=EVAL_EVERY,
+    )
+
+
+def last(work: Path, cell: Cell) -> str:
+    """The losses at the end, of all seeds."""
+    seeds = SEEDS.get(cell.modules or 4, (0,))
+    cells = [Cell(cell.method, cell.modules, cell.lr, seed) for seed in seeds]
+    return ", ".join(f"{score(work, each):.3f}" for each in cells if each.path(work).exists())
+
+
+TEXT = """# Steps to a loss when gradients come late
+
+    .venv/bin/python scripts/ouroboros/convergence.py WORK      # some two hours on two cores; resumable
+    .venv/bin/python scripts/ouroboros/report.py WORK           # this page
+
+A byte-level Transformer with tied embeddings, {layers} blocks of width {width}, embedding and head (twelve layers), on
+4 MB of the standard library's source code: {total} steps, the first {warmup} of them synchronous, a constant rate after
+them, validation every {every} steps. Delays are those of `schedule=ouroboros stale.tied=locked`, K - k for module k of
+K, or 1 for all modules (2bw). One process stands in for the pipeline; tests/training/test_delayed.py shows that the
+pipeline gives the same bits.
+
+Target: the mean validation loss of synchronous AdamW at 80 % of its steps, {target}, which it reaches after {steps:.0f}
+steps. "steps" below is the ratio to that with the same seed: mean, and in brackets the least and the most of the seeds
+(three for K = 4 and 8 and for what has no K, one for K = 11). Four learning rates were tried for every method and K at
+seed 0, the best by its last five losses was taken.
+
+| method | K | rate | steps | loss at the end |
+| --- | --- | --- | --- | --- |
+{rows}
+
+![Steps to the target against K](convergence.svg)
+
+## Every rate that was tried
+
+Mean of the last five losses at seed 0.
+
+| method | K | {titles} |
+| --- | --- | {lines} |
+{rates}
+"""
+
+
+def figure(work: Path) -> None:
+    """Loss against steps for each K, and steps to the target against K."""
+    best = best_of_seed_0(work)
+    figure, axes = plt.subplots(1, len(SEEDS), figsize=(12, 4), sharey=True)
+    for axis, modules in zip(axes, SEEDS, strict=True):
+        for method in (BASELINE, *STALE):
+            cell = best.get((method, 0 if method == BASELINE else modules))
+            losses = losses_of(work, cell) if cell is not None else None
+            if losses is not None:
+                steps = [EVAL_EVERY * (i + 1) for i in range(len(losses))]
+                style = {"color": "black", "linewidth": 2} if method == BASELINE else {"linewidth": 1}
+                axis.plot(steps, smoothed(losses), label=method, **style)
+        axis.set_title(f"K = {modules}")
+        axis.set_xlabel("steps")
+    axes[0].set_ylabel("validation loss")
+    axes[0].set_ylim(1.8, 3.2)
+    axes[-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(PAGE.with_suffix(".svg"), metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    work = parser.parse_args().work
+    PAGE.write_text(page(work))
+    figure(work)
+
+
+if __name__ == "__main__":
+    main()
