@@ -257,3 +257,26 @@ def test_versions_of_the_weights_that_are_alive(policy: str, versions: list[int]
 
     run_ranks(4, rank_main)
     assert seen == versions
+
+
+@pytest.mark.parametrize(("policy", "moving"), [("stash", [True, True, False]), ("replay", [False] * 3)])
+def test_weights_move_only_where_somebody_still_needs_them(policy: str, moving: list[bool]) -> None:
+    order = schedule.build_stale(STALE["pipedream"], 3, 1, 5, recompute=RECOMPUTE[policy])
+
+    def rank_main(transport: LocalTransport) -> bool:
+        runtime = build_runtime(tiny(), [2, 2, 2], transport, stale_weights=policy)
+        optimizer = adamw(list(runtime.own_parameters.values()))
+        before = {name: p.data_ptr() for name, p in runtime.parameters.items()}
+
+        def batch(step: int) -> MiniBatch:
+            inputs, targets = some_batches(5)[step]
+            return MiniBatch((inputs,), (targets,), recipe_count(targets))
+
+        runtime.train_segment(runtime.prepare(order), 0, batch, update=lambda joint: optimizer.step() and None)
+        return any(p.data_ptr() != before[name] for name, p in runtime.parameters.items())
+
+    assert run_ranks(3, rank_main) == moving
+
+
+def recipe_count(targets: Tensor) -> int:
+    return int((targets != -100).sum())

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from pipetrain.costs import Link, StageCost
-from pipetrain.schedule import POLICIES, SCHEDULES, SELECTIVE, build
+from pipetrain.schedule import POLICIES, SCHEDULES, SELECTIVE, STALE, build
 from pipetrain.sim.accounts import account
 from pipetrain.sim.simulate import simulate
 
@@ -55,4 +55,17 @@ def test_accounts_add_up(name: str, policy: str) -> None:
     assert found.communication_s == pytest.approx(0.0, abs=1e-9)
     busy_s = sum(span.seconds for span in spans if span.action.kind.name != "UPDATE") / 3
     assert found.forward_s + found.recompute_s + found.backward_s == pytest.approx(busy_s)
+    assert found.bubble_s > 0
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_accounts_of_a_stale_schedule_are_those_of_one_of_its_steps(name: str) -> None:
+    schedule = STALE[name].generate(3, 1 if name in ("ouroboros", "pipedream") else 4, 20)
+    costs = [StageCost(1.0, 2.0, 0.0)] * schedule.num_stages
+    step_s = simulate(schedule, costs)[-1].end_s / 20
+    found = account(schedule, costs, step_s)
+    assert found.step_s == pytest.approx(step_s)
+    assert found.forward_s == pytest.approx(schedule.num_microbatches * schedule.num_stages / 3)
+    assert found.backward_s == pytest.approx(2 * found.forward_s)
+    assert (found.communication_s, found.imbalance_s) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
     assert found.bubble_s > 0

@@ -8,10 +8,11 @@ import torch
 from ouroboros.delayed import DelayedTraining
 from pipeline import build_runtime
 from runs import settings
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipetrain import models, schedule
-from pipetrain.config import Config, MuonConfig, NadamConfig, RotatedAdamConfig, SgdConfig, StaleConfig
+from pipetrain.config import Config, LrRuleConfig, MuonConfig, NadamConfig, RotatedAdamConfig, SgdConfig, StaleConfig
+from pipetrain.engine.joint_update import JointUpdate
 from pipetrain.engine.local import LocalTransport, run_ranks
 from pipetrain.engine.minibatch import MiniBatch
 from pipetrain.models import Recipe
@@ -113,3 +114,15 @@ def test_a_synchronous_stand_in_is_a_drain_after_every_step() -> None:
     training = DelayedTraining(tiny(), (2, 2, 2), cfg, [0, 0, 0])
     training.train(batch, STEPS)
     assert all(torch.equal(tensor, right[name]) for name, tensor in training.weights().items())
+
+
+def test_each_update_is_clipped_to_its_stages_share_and_has_the_learning_rate_of_its_mini_batch() -> None:
+    cfg = settings(grad_clip=2.0, optimizer=SgdConfig(name="sgd", lr=1.0), lr_rule=LrRuleConfig(warmup_steps=10))
+    weight, other = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))
+    weight.grad, other.grad = torch.full((4,), 3.0), torch.full((1,), 8.0)
+    parameters = {"a": weight, "b": other}
+    rule = UpdateRule(cfg, build_optimizer(cfg.optimizer, parameters, stage_of={"a": 0, "b": 3}), parameters, 4)
+    rule.apply(JointUpdate({0: 1, 3: 4}, {0: 3, 3: 0}, {"a": 0, "b": 3}, {0: 36.0, 3: 64.0}, None))
+    limit = 2.0 * (2 / 4) ** 0.5  # two stages of four
+    torch.testing.assert_close(weight.detach(), torch.full((4,), -3.0 * limit / 10 * 2 / 10))
+    torch.testing.assert_close(other.detach(), torch.full((1,), -8.0 * limit / 10 * 5 / 10))
