@@ -28,6 +28,7 @@ import memory
 import overhead
 import planned
 import real
+import stale
 import tables
 
 PARTS = {
@@ -39,6 +40,7 @@ PARTS = {
     "real": real.measure,
     "memory": memory.measure,
     "emulated": emulated.measure,
+    "stale": stale.measure,
 }
 
 

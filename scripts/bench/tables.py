@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import stale
 from emulated import NAMES, WANTED
 
 
@@ -128,6 +129,10 @@ def show_planned(found: dict[str, Any]) -> str:
     )
 
 
+def show_stale(found: dict[str, Any]) -> str:
+    return table(stale.HEADER, stale.rows(found))
+
+
 SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "balance": show_balance,
     "planned": show_planned,
@@ -137,6 +142,7 @@ SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "real": show_real,
     "memory": show_memory,
     "overhead": show_overhead,
+    "stale": show_stale,
 }
 
 
