@@ -16,11 +16,15 @@ from pipetrain.config import (
     Config,
     ImagesConfig,
     LrRuleConfig,
+    MuonConfig,
+    NadamConfig,
     RmspropConfig,
+    RotatedAdamConfig,
     SgdConfig,
     SyntheticConfig,
     TextConfig,
     TransformerConfig,
+    TransformerXLConfig,
 )
 from pipetrain.derived import num_microbatches, num_stages, wanted_ranks
 from pipetrain.errors import ConfigError
@@ -194,6 +198,20 @@ BAD = [
     ({"messages": "bf1"}, "messages=bf1: no such choice. Did you mean 'bf16'? Choose one of: exact, bf16"),
     ({"logit_clip_kind": "sof"}, "logit_clip_kind=sof: no such choice. Did you mean 'soft'?"),
     ({"lr_rule__name": "cosin"}, "lr_rule.name=cosin: no such choice. Did you mean 'cosine'?"),
+    (
+        {"model": TransformerXLConfig(memory=8)},
+        "data.order=shuffled: model.memory=8 remembers the sample before, which is then some other text; use "
+        "data.order=contiguous, or model.memory=0",
+    ),
+    ({"model": TransformerXLConfig(memory=-1)}, "model.memory=-1 must be at least 0"),
+    (
+        {"model": TransformerXLConfig(attention_dropout=1.0)},
+        "model.attention_dropout=1.0 must be at least 0 and below 1",
+    ),
+    ({"model": TransformerXLConfig(d_model=33, heads=3)}, "model=transformer_xl needs an even model.d_model (got 33)"),
+    ({"optimizer": MuonConfig(name="muon", momentum=1.0)}, "optimizer.momentum=1.0 must be at least 0 and below 1"),
+    ({"optimizer": NadamConfig(name="nadam", momentum_decay=-1)}, "optimizer.momentum_decay=-1 must be at least 0"),
+    ({"optimizer": RotatedAdamConfig(name="rotated_adam", refresh=0)}, "optimizer.refresh=0 must be at least 1"),
     ({"model__positions": "rotary"}, "model.positions=rotary: no such choice. Choose one of: learned, sinusoidal"),
     ({"model__init_scale": "depth"}, "model.init_scale=depth: no such choice."),
     ({"data__order": "random"}, "data.order=random: no such choice. Choose one of: shuffled, contiguous"),

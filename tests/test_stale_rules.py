@@ -6,7 +6,7 @@ import pytest
 from test_config import settings
 
 from pipetrain import rules
-from pipetrain.config import AmoebaNetConfig, Config, ImagesConfig, SgdConfig
+from pipetrain.config import AmoebaNetConfig, Config, ImagesConfig, SgdConfig, TextConfig, TransformerXLConfig
 from pipetrain.derived import num_microbatches, num_stages, wanted_ranks
 from pipetrain.errors import ConfigError
 from pipetrain.planning.choices import choices
@@ -90,6 +90,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"ema": 0.99}, "ema=0.99: stages are at different steps under schedule=ouroboros"),
     ({"action": "check"}, "action=check compares synchronous runs, but schedule=ouroboros is stale"),
     ({"model": AmoebaNetConfig(), "data": ImagesConfig()}, "model=amoebanet has BatchNorm"),
+    (
+        {"model": TransformerXLConfig(shared_biases=True), "data": TextConfig(order="contiguous")},
+        "model.shared_biases=true: a matrix that two devices share",
+    ),
     ({"schedule": "ourobors"}, "schedule=ourobors: no such choice. Did you mean 'ouroboros'?"),
 ]
 

@@ -31,9 +31,10 @@ def check_transformer(cfg: Config, problems: list[str]) -> None:
             problems.append(
                 f"model.heads={model.heads} does not divide model.d_model={model.d_model}; try model.heads={nearest}"
             )
-        sinusoidal = isinstance(model, TransformerXLConfig) or model.positions == "sinusoidal"
-        if sinusoidal and model.d_model % 2:
-            problems.append(f"sinusoidal positions need an even model.d_model (got {model.d_model})")
+        is_xl = isinstance(model, TransformerXLConfig)
+        if (is_xl or model.positions == "sinusoidal") and model.d_model % 2:
+            what = f"model={model.name}" if is_xl else "model.positions=sinusoidal"
+            problems.append(f"{what} needs an even model.d_model (got {model.d_model})")
     if isinstance(cfg.model, TransformerXLConfig):
         _check_memory(cfg, cfg.model, problems)
 
