@@ -63,7 +63,7 @@ MISTAKES = [
     (["model=null"], "model=null: no such model. Choose one of: "),
     (
         ["experiment=nope"],
-        "experiment=nope: no such experiment. Choose one of: amoebanet_paper, deep, demo, fashion_mnist, ouroboros_breakdown, scaling",
+        "experiment=nope: no such experiment. Choose one of: amoebanet_paper, deep, demo, fashion_mnist, ouroboros",
     ),
     (["hydra/launcher=nope"], "Available options in 'hydra/launcher'"),
     (["steps=1.5"], "steps=1.5 must be a whole number"),

@@ -205,10 +205,13 @@ BAD = [
     ),
     ({"model": TransformerXLConfig(memory=-1)}, "model.memory=-1 must be at least 0"),
     (
-        {"model": TransformerXLConfig(attention_dropout=1.0)},
+        {"model": TransformerXLConfig(attention_dropout=1.0, memory=0)},
         "model.attention_dropout=1.0 must be at least 0 and below 1",
     ),
-    ({"model": TransformerXLConfig(d_model=33, heads=3)}, "model=transformer_xl needs an even model.d_model (got 33)"),
+    (
+        {"model": TransformerXLConfig(d_model=33, heads=3, memory=0)},
+        "model=transformer_xl needs an even model.d_model (got 33)",
+    ),
     ({"optimizer": MuonConfig(name="muon", momentum=1.0)}, "optimizer.momentum=1.0 must be at least 0 and below 1"),
     ({"optimizer": NadamConfig(name="nadam", momentum_decay=-1)}, "optimizer.momentum_decay=-1 must be at least 0"),
     ({"optimizer": RotatedAdamConfig(name="rotated_adam", refresh=0)}, "optimizer.refresh=0 must be at least 1"),

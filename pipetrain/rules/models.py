@@ -31,9 +31,10 @@ def check_transformer(cfg: Config, problems: list[str]) -> None:
             problems.append(
                 f"model.heads={model.heads} does not divide model.d_model={model.d_model}; try model.heads={nearest}"
             )
-        is_xl = isinstance(model, TransformerXLConfig)
-        if (is_xl or model.positions == "sinusoidal") and model.d_model % 2:
-            what = f"model={model.name}" if is_xl else "model.positions=sinusoidal"
+        what = f"model={model.name}"
+        if isinstance(model, TransformerConfig):
+            what = "model.positions=sinusoidal" if model.positions == "sinusoidal" else ""
+        if what and model.d_model % 2:
             problems.append(f"{what} needs an even model.d_model (got {model.d_model})")
     if isinstance(cfg.model, TransformerXLConfig):
         _check_memory(cfg, cfg.model, problems)
