@@ -96,8 +96,13 @@ class TextConfig(DataConfig):
     path: str | None = setting(
         "a text file, or a folder of .txt files (train/valid/test files are used as such); null = Python's manual", None
     )
-    tokenizer: str = setting("bytes | sentencepiece (trained on the text, once) | path of such a model", "bytes")
-    vocab_size: int | None = setting("pieces to train when tokenizer=sentencepiece", None)
+    tokenizer: str = setting(
+        "bytes | words (what lies between spaces) | sentencepiece (trained on the text, once) | path of such a model",
+        "bytes",
+    )
+    vocab_size: int | None = setting(
+        "pieces of tokenizer=sentencepiece, or the most frequent words; null = all words", None
+    )
     seq_len: int = setting("tokens in one sample", 128)
     order: str = setting("shuffled (random windows) | contiguous (each row reads on where it stopped)", "shuffled")
     valid_fraction: float = setting("share of a single text held out for validation", 0.05)

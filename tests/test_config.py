@@ -310,7 +310,7 @@ BAD = [
     ),
     (
         {"data__vocab_size": 100},
-        "data.vocab_size=100 is only for data.tokenizer=sentencepiece; data.tokenizer=bytes brings",
+        "data.vocab_size=100 is only for data.tokenizer=sentencepiece and words; data.tokenizer=bytes brings",
     ),
     ({"optimizer__weight_decay": float("nan")}, "optimizer.weight_decay=nan must be at least 0"),
     ({"optimizer__betas": [0.9]}, "optimizer.betas=[0.9] must be two numbers from 0 to below 1"),

@@ -21,11 +21,15 @@ from pipetrain.data import corpus
 from pipetrain.data.tokenizer import (
     BYTES,
     SENTENCEPIECE,
+    TRAINED,
+    WORDS,
     ByteTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    WordTokenizer,
     read_model,
     train_sentencepiece,
+    train_words,
 )
 from pipetrain.errors import ConfigError
 
@@ -76,8 +80,8 @@ def prepare_text(
 
     Args:
         path: a text file, a folder (see `corpus.find_splits`), or None for Python's own manual.
-        tokenizer: 'bytes', 'sentencepiece' (trained on the train split), or the path of a sentencepiece model.
-        vocab_size: pieces to train; read for 'sentencepiece' only.
+        tokenizer: 'bytes', 'words' or 'sentencepiece' (made of the train split), or the path of a sentencepiece model.
+        vocab_size: pieces of the two that are made; None is all words.
         valid_fraction: share of the text held out, as `test_fraction`; unused where the text is split already.
         cache_dir: where token folders are kept.
 
@@ -86,15 +90,15 @@ def prepare_text(
     """
     if tokenizer == SENTENCEPIECE and vocab_size is None:
         raise ConfigError("data.tokenizer=sentencepiece needs data.vocab_size; try data.vocab_size=8000")
-    model = None if tokenizer in (BYTES, SENTENCEPIECE) else read_model(tokenizer)
+    model = None if tokenizer in (BYTES, *TRAINED) else read_model(tokenizer)
     if model is not None:
         SentencePieceTokenizer(model, tokenizer)
     splits = corpus.find_splits(path, valid_fraction=valid_fraction, test_fraction=test_fraction)
-    pieces = vocab_size if tokenizer == SENTENCEPIECE else None
+    pieces = vocab_size if tokenizer in TRAINED else None
     root = Path(os.path.abspath(os.path.expanduser(cache_dir))) / "text"
     folder = root / _key(splits, tokenizer if model is None else hashlib.sha256(model).hexdigest(), pieces)
     try:
-        return _load(folder) or _make(folder, splits, model, pieces)
+        return _load(folder) or _make(folder, splits, model, tokenizer, pieces)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
@@ -150,13 +154,15 @@ def _load(folder: Path) -> TokenFolder | None:
         return None
 
 
-def _make(folder: Path, splits: Mapping[str, corpus.Text], model: bytes | None, vocab_size: int | None) -> TokenFolder:
+def _make(
+    folder: Path, splits: Mapping[str, corpus.Text], model: bytes | None, tokenizer: str, vocab_size: int | None
+) -> TokenFolder:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder.parent)
     aside = folder.with_name(f"{ASIDE}{folder.name}-{uuid.uuid4().hex}")
     aside.mkdir()
     try:
-        _fill(aside, splits, _tokenizer(aside, splits["train"], model, vocab_size))
+        _fill(aside, splits, _tokenizer(aside, splits["train"], model, tokenizer, vocab_size))
         _publish(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -166,9 +172,12 @@ def _make(folder: Path, splits: Mapping[str, corpus.Text], model: bytes | None, 
     return made
 
 
-def _tokenizer(aside: Path, train: corpus.Text, model: bytes | None, vocab_size: int | None) -> Tokenizer:
+def _tokenizer(aside: Path, train: corpus.Text, model: bytes | None, name: str, vocab_size: int | None) -> Tokenizer:
     """The tokenizer, trained if need be, its model written down."""
-    if vocab_size is not None:
+    if name == WORDS:
+        log.info("collecting the words of %.1f MB of text (once)", corpus.num_bytes(train) / 1e6)
+        model = train_words(corpus.read_blocks(train), vocab_size)
+    elif name == SENTENCEPIECE and vocab_size is not None:
         num_bytes = corpus.num_bytes(train)
         log.info("training a tokenizer of %d pieces on %.1f MB of text (once)", vocab_size, num_bytes / 1e6)
         every = -(-num_bytes // TRAINING_BYTES) or 1
@@ -176,7 +185,8 @@ def _tokenizer(aside: Path, train: corpus.Text, model: bytes | None, vocab_size:
     if model is None:
         return ByteTokenizer()
     _write(aside / MODEL_FILE, model)
-    return SentencePieceTokenizer(model, MODEL_FILE)
+    kind = WordTokenizer if name == WORDS else SentencePieceTokenizer
+    return kind(model, MODEL_FILE)
 
 
 def _fill(aside: Path, splits: Mapping[str, corpus.Text], tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or any sentencepiece model, own or foreign."""
+"""Text to token ids and back: bytes, words, or any sentencepiece model, own or foreign."""
 
 import io
 import re
@@ -15,6 +15,10 @@ from pipetrain.suggest import one_of
 
 BYTES = "bytes"
 SENTENCEPIECE = "sentencepiece"
+WORDS = "words"
+TRAINED = (SENTENCEPIECE, WORDS)  # on the text
+_ALL_WORDS = 10_000_000
+_WORD_BEGINS = "\u2581"  # how sentencepiece writes a space
 LINE_CHARACTERS = 4096  # longer lines are encoded in parts: a whole corpus may be one line
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -107,6 +111,18 @@ class SentencePieceTokenizer:
         return None
 
 
+class WordTokenizer(SentencePieceTokenizer):
+    """A model of `train_words`: each word is one token. (sentencepiece makes one of several unknown words in a row.)"""
+
+    def encode_lines(self, text: bytes) -> Ids:
+        ids: list[int] = []
+        for part, ends in line_parts(text):
+            ids.extend(self._processor.piece_to_id([_WORD_BEGINS + word for word in part.split()]))
+            if ends and self.line_end is not None:
+                ids.append(self.line_end)
+        return np.array(ids, dtype=np.int64)
+
+
 def load_tokenizer(name_or_path: str) -> Tokenizer:
     """The tokenizer that `TokenFolder.tokenizer` names: `bytes`, or the path of a sentencepiece model.
 
@@ -133,8 +149,8 @@ def read_model(path: str) -> bytes:
             f"data.tokenizer={path} cannot be read ({error.strerror}); give a model that this user may read"
         ) from error
     raise ConfigError(
-        f"data.tokenizer={path} is neither {BYTES}, {SENTENCEPIECE} nor a file. "
-        f"{one_of(path, (BYTES, SENTENCEPIECE))}, or the path of a sentencepiece model"
+        f"data.tokenizer={path} is neither {BYTES}, {WORDS}, {SENTENCEPIECE} nor a file. "
+        f"{one_of(path, (BYTES, WORDS, SENTENCEPIECE))}, or the path of a sentencepiece model"
     )
 
 
@@ -168,6 +184,37 @@ def train_sentencepiece(blocks: Iterable[bytes], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         raise _training_error(str(error), vocab_size) from error
+    return model.getvalue()
+
+
+def train_words(blocks: Iterable[bytes], vocab_size: int | None) -> bytes:
+    """A vocabulary of whole words, for texts that are tokenised already: what lies between spaces.
+
+    It is a sentencepiece model like any other, to be read by `WordTokenizer`. A word that is not in it is `<unk>`, and
+    so is `<unk>` itself, which such texts have; a line ends with `</s>`.
+
+    Args:
+        blocks: the text, each block whole lines.
+        vocab_size: the most frequent words, with the three of unk, bos and eos among them; None is all words.
+
+    Raises:
+        ConfigError: if there are no words.
+    """
+    model, most = io.BytesIO(), _ALL_WORDS if vocab_size is None else vocab_size
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(part for block in blocks for part, _ in line_parts(block) if part.strip()),
+            model_writer=model,
+            model_type="word",
+            vocab_size=most,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            character_coverage=1.0,
+            max_sentence_length=4 * LINE_CHARACTERS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _training_error(str(error), most) from error
     return model.getvalue()
 
 

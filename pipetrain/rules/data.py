@@ -19,9 +19,9 @@ def check_text(cfg: Config, problems: list[str]) -> None:
             )
         if data.tokenizer == "sentencepiece" and data.vocab_size is None:
             problems.append("data.tokenizer=sentencepiece needs data.vocab_size; try data.vocab_size=8000")
-        if data.tokenizer != "sentencepiece" and data.vocab_size is not None:
+        if data.tokenizer not in ("sentencepiece", "words") and data.vocab_size is not None:
             problems.append(
-                f"data.vocab_size={data.vocab_size} is only for data.tokenizer=sentencepiece; "
+                f"data.vocab_size={data.vocab_size} is only for data.tokenizer=sentencepiece and words; "
                 f"data.tokenizer={data.tokenizer} brings its own vocabulary"
             )
 

@@ -13,9 +13,11 @@ from pipetrain.data.tokenizer import (
     LINE_CHARACTERS,
     ByteTokenizer,
     SentencePieceTokenizer,
+    WordTokenizer,
     line_parts,
     load_tokenizer,
     train_sentencepiece,
+    train_words,
 )
 from pipetrain.errors import ConfigError
 
@@ -119,6 +121,31 @@ def test_decode_takes_numpy_and_python_integers(own: SentencePieceTokenizer) -> 
     assert own.decode(ids.astype(np.uint16)) == own.decode(ids.tolist()) == "abc def\n"
 
 
+WIKI = b" \n = Some title = \n \n the cat <unk> sat on the mat , again @-@ again . \n the cat <unk> \n"
+
+
+def test_words_are_what_lies_between_spaces_and_a_line_has_an_end() -> None:
+    """As WikiText comes: tokenised already, with an <unk> of its own."""
+    words = WordTokenizer(train_words([WIKI], None), "words")
+    distinct = set(WIKI.decode().split()) - {"<unk>"}
+    assert words.vocab_size == len(distinct) + 3
+    ids = words.encode_lines(WIKI)
+    assert len(ids) == len(WIKI.decode().split()) + WIKI.count(b"\n")
+    assert words.decode(ids).split() == [w if w != "<unk>" else "\u2047" for w in WIKI.decode().split()]
+    assert list(words.encode_lines(b"never seen\n")) == [0, 0, words.line_end]
+
+
+def test_the_most_frequent_words_are_kept() -> None:
+    words = WordTokenizer(train_words([b"a a a b b c\n" * 5], 5), "words")
+    assert words.vocab_size == 5
+    assert list(words.encode_lines(b"a b c")) == [3, 4, 0]
+
+
+def test_a_text_without_words_has_no_vocabulary() -> None:
+    with pytest.raises(ConfigError, match="sentencepiece cannot train on this text"):
+        train_words([b" \n \n"], None)
+
+
 def test_more_pieces_than_the_text_supports_names_the_most() -> None:
     with pytest.raises(ConfigError) as caught:
         train_sentencepiece([b"low lower lowest\nnew newer newest\n"], 9000)
@@ -163,8 +190,8 @@ def test_an_unknown_name_gets_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_tokenizer("sentencepeice")
     assert str(caught.value) == (
-        "data.tokenizer=sentencepeice is neither bytes, sentencepiece nor a file. Did you mean 'sentencepiece'? "
-        "Choose one of: bytes, sentencepiece, or the path of a sentencepiece model"
+        "data.tokenizer=sentencepeice is neither bytes, words, sentencepiece nor a file. Did you mean 'sentencepiece'? "
+        "Choose one of: bytes, words, sentencepiece, or the path of a sentencepiece model"
     )
     with pytest.raises(ConfigError, match=r"nor a file"):
         load_tokenizer(str(tmp_path))
