@@ -81,6 +81,8 @@ STALE = {
     "muon": Method(MUON),
     "rotated_adam": Method(ROTATED),
     "rotated_adam + pipemare": Method(ROTATED, ("pipemare",)),
+    "rotated_adam + error_feedback": Method(ROTATED, ("error_feedback",)),
+    "muon + error_feedback": Method(MUON, ("error_feedback",)),
 }
 METHODS = {**SYNCHRONOUS, **ONE_LATE, **STALE}
 
