@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/ouroboros/report.py WORK
 
-The targets are the mean validation losses of the synchronous AdamW runs at 80 and 40 % of their steps. A run has reached
-one at the first evaluation behind which its losses, as a mean of three, stay there; between two evaluations the step is
-taken linearly. Ratios are to the synchronous AdamW run with the same seed.
+The targets are the mean validation losses of the synchronous AdamW runs at 80 and 40 % of their steps. A run has
+reached one at the first evaluation behind which its losses, as a mean of three, stay there; between two evaluations the
+step is taken linearly. Ratios are to the synchronous AdamW run with the same seed.
 """
 
 import argparse
