@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pipetrain.engine.joint_update import JointUpdate
 from pipetrain.engine.local import LocalTransport, run_ranks
 from pipetrain.engine.minibatch import MiniBatch
 from pipetrain.engine.report import SegmentReport
+from pipetrain.engine.stage import Stage
 from pipetrain.models import Recipe, build
 from pipetrain.partition.split import build_layer
 from pipetrain.schedule import LOCKED, STALE, Kind, Schedule, StaleFamily, joint_updates, staleness
@@ -257,6 +259,40 @@ def test_versions_of_the_weights_that_are_alive(policy: str, versions: list[int]
 
     run_ranks(4, rank_main)
     assert seen == versions
+
+
+def test_replay_keeps_the_inputs_of_K_minus_k_plus_1_micro_batches_and_no_graph() -> None:
+    order = schedule.build_stale(STALE["ouroboros"], 3, 1, 9, recompute="always")
+
+    def rank_main(transport: LocalTransport) -> dict[int, int]:
+        placement = order.placement
+        runtime = build_runtime(tiny(), [2, 1, 1, 2], transport, placement=placement, stale_weights="replay")
+        optimizer = adamw(list(runtime.own_parameters.values()))
+        most = dict.fromkeys(runtime.stages, 0)
+
+        def watch(stage: Stage) -> None:
+            forward = stage.forward
+
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                found = forward(*args, **kwargs)
+                most[stage.index] = max(most[stage.index], len(stage._in_flight))
+                assert all(kept.inputs and not kept.graphs for kept in stage._in_flight.values())
+                return found
+
+            stage.forward = watched  # type: ignore[method-assign]
+
+        for stage in runtime.stages.values():
+            watch(stage)
+
+        def batch(step: int) -> MiniBatch:
+            inputs, targets = some_batches(9)[step]
+            return MiniBatch((inputs,), (targets,), recipe_count(targets))
+
+        runtime.train_segment(runtime.prepare(order), 0, batch, update=lambda joint: optimizer.step() and None)
+        return most
+
+    found = {stage: most for of_rank in run_ranks(3, rank_main) for stage, most in of_rank.items()}
+    assert found == {0: 4, 1: 3, 2: 2, 3: 1}
 
 
 @pytest.mark.parametrize(("policy", "moving"), [("stash", [True, True, False]), ("replay", [False] * 3)])
