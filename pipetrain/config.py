@@ -292,9 +292,8 @@ class Config:
     schedule: str = setting(
         "order of the pipeline's work: "
         + " | ".join(SCHEDULES)
-        + "; stale, with no waiting: "
-        + " | ".join(STALE)
-        + " | auto (whatever is fastest) | the path of a .csv file",
+        + " | auto (whatever is fastest) | the path of a .csv file; stale, nobody waits: "
+        + " | ".join(STALE),
         "gpipe",
     )
     recompute: Any = setting(
