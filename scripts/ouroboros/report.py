@@ -121,7 +121,8 @@ def page(work: Path) -> str:
     for method, modules in dict.fromkeys((cell.method, cell.modules) for cell in first_cells()):
         cells = [Cell(method, modules, lr, 0) for lr in RATES]
         scores = [f"{score(work, cell):.3f}" if cell.path(work).exists() else "" for cell in cells]
-        rates.append(f"| {method} | {modules or '-'} | {' | '.join(scores)} |")
+        if any(scores):
+            rates.append(f"| {method} | {modules or '-'} | {' | '.join(scores)} |")
     return TEXT.format(
         late=f"{late.loss:.3f}",
         late_steps=mean(late.base.values()),
