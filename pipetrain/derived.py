@@ -5,8 +5,10 @@ No torch here, as in `config`.
 
 from typing import Any
 
+from pipetrain import schedule
 from pipetrain.config import AmoebaNetConfig, Config, TransformerXLConfig
-from pipetrain.schedule import LOCKED, SCHEDULES, STALE, StaleFamily, is_file, read_file
+from pipetrain.schedule import SCHEDULES, STALE, StaleFamily, is_file, read_file
+from pipetrain.schedule.stale import LOCKED
 
 MAX_DEFAULT_MICRO_BATCHES = 16
 MIN_DEFAULT_SAMPLES = 4  # in a micro-batch of a model with BatchNorm, which normalises each by itself
@@ -54,7 +56,7 @@ def remembers(cfg: Config) -> bool:
 
 def stale_family(cfg: Config) -> StaleFamily | None:
     """Of a stale schedule."""
-    return LOCKED if (cfg.schedule, cfg.stale.tied) == ("ouroboros", "locked") else STALE.get(cfg.schedule)
+    return schedule.stale_family(cfg.schedule, locked=cfg.stale.tied == LOCKED)
 
 
 def _usual_stages(cfg: Config) -> int:

@@ -26,10 +26,11 @@ from pipetrain.engine.stage import Stage
 from pipetrain.engine.structure import key_of
 from pipetrain.engine.tied import Tie, own_names, share_memory, sum_gradients
 from pipetrain.engine.transport import Transport
-from pipetrain.engine.versions import STASH, WeightVersions
+from pipetrain.engine.versions import WeightVersions
 from pipetrain.errors import StageFailed
 from pipetrain.garbage import no_garbage_collection
 from pipetrain.schedule import BATCH, WEIGHT_GRADIENTS, Action, Kind, Schedule, Span, joint_updates
+from pipetrain.schedule.stale import STASH
 
 
 @dataclass(frozen=True)

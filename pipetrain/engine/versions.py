@@ -1,6 +1,6 @@
 """The versions of one rank's weights that micro-batches in flight still need.
 
-In a stale schedule weights change between the forward and the backward of a micro-batch. Three answers (`POLICIES`):
+In a stale schedule weights change between the forward and the backward of a micro-batch. Three answers:
 
     stash    the backward sees the weights of its forward: a weight that somebody still needs is not written over, it
              moves to new memory for its update. So stage s keeps as many versions as micro-batches are in flight there
@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from pipetrain.engine.stage import Stage
 from pipetrain.errors import LayerError
-
-STASH, REPLAY, CURRENT = "stash", "replay", "current"
-POLICIES = (STASH, REPLAY, CURRENT)
+from pipetrain.schedule.stale import REPLAY, STASH
 
 Leaves = dict[str, nn.Parameter]  # by full name
 MicroBatch = tuple[int, int]  # its mini-batch, and its number there
@@ -64,7 +62,7 @@ class WeightVersions:
         Args:
             parameters: by full name.
             owners: of each name the one whose memory it has, see `tied`.
-            policy: one of `POLICIES`.
+            policy: one of `WEIGHTS`.
         """
         self._parameters, self._owners = parameters, owners
         self._policy = policy

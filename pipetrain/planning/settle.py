@@ -10,7 +10,6 @@ import torch.distributed as dist
 from pipetrain.config import AUTO, TextConfig
 from pipetrain.costs import Device
 from pipetrain.derived import num_microbatches
-from pipetrain.engine.versions import STASH
 from pipetrain.errors import ConfigError
 from pipetrain.models import Recipe
 from pipetrain.planning.choices import choices, left_open
@@ -30,6 +29,7 @@ from pipetrain.planning.warnings import warnings_of
 from pipetrain.profile.bench import signatures_of
 from pipetrain.profile.store import Profile
 from pipetrain.schedule import SELECTIVE
+from pipetrain.schedule.stale import LOCKED, STASH
 from pipetrain.sim.accounts import account
 from pipetrain.sim.balance import even
 from pipetrain.sim.forecast import Forecast, Setting, forecast, schedule_of, sizes_of
@@ -181,6 +181,7 @@ def _setting(job: Job, recipe: Recipe, profile: Profile) -> Setting:
         engine_s=profile.engine_s,
         process_bytes=profile.process_bytes,
         stashes=cfg.stale.weights == STASH,
+        locked=cfg.stale.tied == LOCKED,
     )
 
 

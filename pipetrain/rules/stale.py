@@ -6,10 +6,9 @@ from pipetrain.config import AUTO, AmoebaNetConfig, Config, SgdConfig, Transform
 from pipetrain.derived import ONE_MICRO_BATCH, num_microbatches, stale_family
 from pipetrain.rules.words import shown
 from pipetrain.schedule import ALWAYS, NEVER
+from pipetrain.schedule.stale import CURRENT, REPLAY, TIED, WEIGHTS
 from pipetrain.suggest import one_of
 
-WEIGHTS = ("stash", "replay", "current")
-TIED = ("free", "locked")
 CORRECTORS = ("error_feedback", "spike_compensation", "pipemare")
 
 
@@ -93,14 +92,14 @@ def _check_micro_batches(cfg: Config, name: str, num_ranks: int, problems: list[
 def _check_weights(cfg: Config, problems: list[str]) -> None:
     policies = cfg.recompute if isinstance(cfg.recompute, list) else [cfg.recompute]
     for weights, wanted, why in (
-        ("replay", ALWAYS, "runs every forward again"),
-        ("current", NEVER, "goes back through the old activations"),
+        (REPLAY, ALWAYS, "runs every forward again"),
+        (CURRENT, NEVER, "goes back through the old activations"),
     ):
         if cfg.stale.weights == weights and any(policy != wanted for policy in policies):
             problems.append(
                 f"stale.weights={weights} {why}, but recompute={shown(cfg.recompute)}; use recompute={wanted}"
             )
-    if cfg.stale.weights == "current" and cfg.precision == "bf16":
+    if cfg.stale.weights == CURRENT and cfg.precision == "bf16":
         problems.append(
             "stale.weights=current with precision=bf16: autocast keeps copies of the old weights, so the newest would "
             "be used in some places only; use stale.weights=replay, or precision=fp32"

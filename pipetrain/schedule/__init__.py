@@ -79,22 +79,36 @@ LOCKED = StaleFamily(partial(ouroboros, locked=True), extra=1)  # schedule=ourob
 NO_SKIPS = Skips()
 
 
+def stale_family(name: str, *, locked: bool) -> StaleFamily | None:
+    """Of a stale schedule; None for the others."""
+    return LOCKED if locked and name == "ouroboros" else STALE.get(name)
+
+
 def is_file(name: str) -> bool:
     """Whether `schedule=name` names a file and not a family."""
     return name.endswith(".csv")
 
 
-def generate(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int, num_steps: int = 1) -> Schedule:
+def generate(
+    name: str,
+    num_ranks: int,
+    num_microbatches: int,
+    stages_per_rank: int,
+    num_steps: int = 1,
+    *,
+    locked: bool = False,
+) -> Schedule:
     """The compute of a schedule: a generator's, or a file's as it is.
 
     Args:
         num_steps: mini-batches of a stale schedule.
+        locked: of ouroboros, see there.
 
     Raises:
         ScheduleError: if a file cannot be read, is not sound, or is for other numbers.
     """
-    if name in STALE:
-        return STALE[name].generate(num_ranks, num_microbatches, num_steps)
+    if family := stale_family(name, locked=locked):
+        return family.generate(num_ranks, num_microbatches, num_steps)
     if not is_file(name):
         return SCHEDULES[name].generate(num_ranks, num_microbatches, stages_per_rank)
     schedule = verify_compute(read_file(name))
@@ -213,6 +227,7 @@ __all__ = [
     "peak_in_flight",
     "read_csv",
     "read_file",
+    "stale_family",
     "staleness",
     "timeline",
     "verify",

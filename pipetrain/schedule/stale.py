@@ -12,6 +12,12 @@ from collections.abc import Iterator
 from pipetrain.errors import ScheduleError
 from pipetrain.schedule.action import Action, Kind, Schedule
 
+# What a backward sees (`stale.weights`), and how ouroboros' two ends share a matrix (`stale.tied`).
+STASH, REPLAY, CURRENT = "stash", "replay", "current"
+WEIGHTS = (STASH, REPLAY, CURRENT)
+FREE, LOCKED = "free", "locked"
+TIED = (FREE, LOCKED)
+
 F, B, U = Kind.FORWARD, Kind.BACKWARD, Kind.UPDATE
 
 

@@ -77,6 +77,7 @@ class Setting:
         engine_s: what every action takes beside its layers; it counts as waiting.
         process_bytes: what a rank holds before it has built its stage.
         stashes: whether stale schedules keep the weights of forwards for their backwards.
+        locked: whether ouroboros has its shared matrix locked.
     """
 
     model: Callable[[int], ModelCost]
@@ -87,6 +88,7 @@ class Setting:
     engine_s: float = 0.0
     process_bytes: int = 0
     stashes: bool = True
+    locked: bool = False
 
     def model_of(self, num_microbatches: int) -> ModelCost:
         """Bytes of the largest of so many micro-batches, and their seconds on average."""
@@ -205,9 +207,11 @@ def _pieces(values: Sequence[bool], balance: Sequence[int]) -> list[Sequence[boo
 def compute_of(setting: Setting, choice: Choice) -> Schedule:
     """The same without them."""
     sizes = len(setting.devices), choice.num_microbatches, choice.stages_per_rank, choice.num_steps
-    return _compute(choice.schedule, *sizes)
+    return _compute(choice.schedule, *sizes, setting.locked)
 
 
 @lru_cache(maxsize=8)
-def _compute(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int, num_steps: int) -> Schedule:
-    return generate(name, num_ranks, num_microbatches, stages_per_rank, num_steps)
+def _compute(
+    name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int, num_steps: int, locked: bool
+) -> Schedule:
+    return generate(name, num_ranks, num_microbatches, stages_per_rank, num_steps, locked=locked)

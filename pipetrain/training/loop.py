@@ -121,7 +121,8 @@ class Trainer:
             counted = "tokens" if isinstance(job.data, TokenFolder) else "samples"
             job.run.plan.write_text(plan.to_json())
             self.console = Console(self.step, self.last_step, counted=counted, quiet=job.record)
-            for line in (*plan.table(), *drawn(self._build_schedule(steps_drawn(cfg, len(balance))))):
+            shown = self.schedule if self.schedule.waits else self._build_schedule(steps_drawn(cfg, len(balance)))
+            for line in (*plan.table(), *drawn(shown)):
                 self.console.say(line)
             self.metrics = Metrics(job.run, self.console, compared_settings(cfg, balance), self.step)
             self.metrics.text("config", f"```json\n{config.to_json(cfg)}\n```")

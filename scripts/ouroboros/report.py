@@ -112,7 +112,7 @@ def page(work: Path) -> str:
     wanted += [(method, modules) for modules in SEEDS for method in STALE]
     rows = []
     for method, modules in wanted:
-        if (method, modules) in best:
+        if all(Cell(method, modules, lr, 0).path(work).exists() for lr in RATES):
             cell = best[method, modules]
             k = modules or ("any" if method in ONE_LATE else "-")
             steps = [shown(ratios(work, cell, target.loss, target.base)) for target in (late, early)]

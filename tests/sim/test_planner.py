@@ -241,3 +241,10 @@ def test_a_stale_step_is_what_a_step_takes_between_two_drains() -> None:
     assert work_s / 3 < many.step_s < 1.05 * work_s / 3 + 0.1
     assert one.step_s > work_s
     assert many.bubble_fraction < 0.1 < one.bubble_fraction
+
+
+def test_a_locked_matrix_is_part_of_the_forecast() -> None:
+    """Forwards wait for each other then, and a step takes longer."""
+    given, choice = setting([1.0] * 6, 3), Choice("ouroboros", 1, 1, "never", num_steps=30)
+    free, locked = (plans(replace(given, locked=locked), [choice])[0].step_s for locked in (False, True))
+    assert locked > 1.3 * free

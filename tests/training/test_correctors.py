@@ -14,6 +14,7 @@ from pipetrain.config import (
     SgdConfig,
     StaleConfig,
 )
+from pipetrain.rules.stale import CORRECTORS
 from pipetrain.training.correctors import build_correctors
 from pipetrain.training.optim import build_optimizer
 from pipetrain.training.optimizers import Composite, RotatedAdam
@@ -61,6 +62,11 @@ def test_what_is_not_late_is_left_alone(corrector: str) -> None:
     cfg = SgdConfig(name="sgd", lr=0.1, momentum=0.9)
     assert torch.equal(corrected(cfg, [corrector], 0, some_gradients(3)), corrected(cfg, [], 0, some_gradients(3)))
     assert build_correctors(StaleConfig(correctors=[corrector])).learning_rate(0.1, 0, 5) == 0.1
+
+
+def test_every_corrector_that_the_rules_allow_is_there() -> None:
+    for name in CORRECTORS:
+        build_correctors(StaleConfig(correctors=[name]))
 
 
 def test_pipemare_gives_late_stages_less_at_first() -> None:
