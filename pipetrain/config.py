@@ -14,7 +14,8 @@ from typing import Any
 from pipetrain.schedule import POLICIES, SCHEDULES, STALE
 
 AUTO = "auto"
-PLANNED = ("schedule", "micro_batches", "recompute", "partitions", "balance")  # what AUTO leaves to the planner
+# What AUTO leaves to the planner.
+PLANNED = ("data_parallel", "schedule", "micro_batches", "recompute", "partitions", "balance")
 BALANCES = (AUTO, "even", "least_variance")  # the rules; the others are lists
 
 
@@ -283,10 +284,13 @@ class Config:
         "are measured first | even | a list such as [2,3,3]",
         AUTO,
     )
-    batch_size: int = setting("samples in one mini-batch", 16)
+    data_parallel: Any = setting(
+        "replicas of the pipeline, which share each mini-batch and the devices | auto (whatever is fastest)", 1
+    )
+    batch_size: int = setting("samples in one mini-batch, of all replicas", 16)
     micro_batches: Any = setting(
-        "pieces of a mini-batch | null (min(16, batch_size), of amoebanet a quarter; one for ouroboros and pipedream) "
-        "| auto (whatever is fastest)",
+        "pieces of a mini-batch, of all replicas | null (min(16, batch_size), of amoebanet a quarter; one for "
+        "ouroboros and pipedream) | auto (whatever is fastest)",
         None,
     )
     schedule: str = setting(

@@ -99,6 +99,7 @@ class StageCost:
     Attributes:
         backward_s: of a whole backward, or of its first half (I) where the schedule splits it.
         backward_weight_s: of the second half (W).
+        reduce_s: from the last gradient of a mini-batch until those of all replicas are added up.
         output_bytes: what goes to the next stage with each micro-batch, and comes back as gradients.
     """
 
@@ -107,4 +108,5 @@ class StageCost:
     backward_weight_s: float = 0.0
     recompute_s: float = 0.0
     update_s: float = 0.0
+    reduce_s: float = 0.0
     output_bytes: int = 0

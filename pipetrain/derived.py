@@ -15,15 +15,33 @@ MIN_DEFAULT_SAMPLES = 4  # in a micro-batch of a model with BatchNorm, which nor
 ONE_MICRO_BATCH = ("ouroboros", "pipedream")  # schedules with an update after every one
 
 
+def num_replicas(cfg: Config) -> int:
+    """Pipelines that share each mini-batch; 1 while the planner is to choose."""
+    return int(cfg.data_parallel) if is_number(cfg.data_parallel) else 1
+
+
+def num_ranks(cfg: Config, num_devices: int) -> int:
+    """Of each pipeline."""
+    return num_devices // num_replicas(cfg)
+
+
 def num_microbatches(cfg: Config) -> int:
-    """Micro-batches of one mini-batch. The default does not depend on the devices: numbers must not either."""
+    """Micro-batches of one mini-batch, of all replicas together. The default does not depend on the devices, and on the
+    replicas only where it has to be a multiple: numbers must not either."""
     if is_number(cfg.micro_batches):
         return int(cfg.micro_batches)
+    replicas = num_replicas(cfg)
     if is_file(cfg.schedule):
-        return read_file(cfg.schedule).num_microbatches
+        return read_file(cfg.schedule).num_microbatches * replicas
     if cfg.schedule in ONE_MICRO_BATCH:
-        return 1
-    return min(MAX_DEFAULT_MICRO_BATCHES, max(1, cfg.batch_size // least_samples(cfg)))
+        return replicas
+    usual = min(MAX_DEFAULT_MICRO_BATCHES, max(1, cfg.batch_size // least_samples(cfg)))
+    return max(1, usual // replicas) * replicas
+
+
+def replica_microbatches(cfg: Config) -> int:
+    """Micro-batches of one mini-batch in each pipeline."""
+    return num_microbatches(cfg) // num_replicas(cfg)
 
 
 def least_samples(cfg: Config) -> int:
@@ -42,11 +60,14 @@ def num_stages(cfg: Config, num_ranks: int) -> int:
 
 
 def wanted_ranks(cfg: Config) -> int | None:
-    """How many ranks `devices=auto` should give, where the partitions or a file of the schedule say it."""
+    """How many ranks of all pipelines `devices=auto` should give, where a setting says it."""
+    replicas = num_replicas(cfg)
     if is_file(cfg.schedule):
-        return read_file(cfg.schedule).num_ranks
+        return read_file(cfg.schedule).num_ranks * replicas
     extra = STALE[cfg.schedule].extra if cfg.schedule in STALE else 0
-    return max(1, (cfg.partitions - extra) // _usual_stages(cfg)) if is_number(cfg.partitions) else None
+    if is_number(cfg.partitions):
+        return max(1, (int(cfg.partitions) - extra) // _usual_stages(cfg)) * replicas
+    return replicas if replicas > 1 else None
 
 
 def remembers(cfg: Config) -> bool:

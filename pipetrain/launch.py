@@ -23,7 +23,7 @@ import torch
 
 from pipetrain import rules
 from pipetrain.config import AUTO, AmoebaNetConfig, AnythingConfig, Config, ImagesConfig, SyntheticConfig
-from pipetrain.derived import num_microbatches, num_stages, wanted_ranks
+from pipetrain.derived import num_microbatches, num_ranks, num_replicas, num_stages, wanted_ranks
 from pipetrain.devices import parse_devices
 from pipetrain.environment import write_environment
 from pipetrain.errors import ConfigError, Exit, PipetrainError
@@ -120,7 +120,8 @@ def prepare(
         except ConfigError as error:
             raise ConfigError(f"{error}; or train without evaluation: eval.every=0") from error
     recipe = build_recipe(cfg, data)
-    _check_model(cfg, recipe, data, num_stages(cfg, len(devices)))
+    fewest = 1 if cfg.data_parallel == AUTO else num_ranks(cfg, len(devices))
+    _check_model(cfg, recipe, data, num_stages(cfg, fewest))
     _warn_of_large_images(cfg, data, say)
     # A resumed run has its weights, whatever its first start took them from.
     start = find_start(cfg.init_from, recipe, say) if cfg.init_from is not None and saved is None else None
@@ -224,8 +225,10 @@ def _run_local_workers(job: Job) -> int:
     write_environment(run)
     _say(f"run folder: {_shown(run.root)}")
     if job.devices[0] == "cpu" and len(job.devices) > 1:
-        stages = num_stages(job.cfg, len(job.devices))
-        each = "one for each stage" if stages == len(job.devices) else f"{stages} stages"
+        stages = num_stages(job.cfg, job.num_ranks)
+        each = "one for each stage" if stages == job.num_ranks else f"{stages} stages"
+        replicas = num_replicas(job.cfg)
+        each += f" of {replicas} replicas" if replicas > 1 else ""
         _say(f"{len(job.devices)} CPU processes, {each}")
     code = run_job(job)
     if code in _SAVED:
@@ -260,13 +263,14 @@ def run_job(
     ended = run_workers(worker, argument, len(job.devices), gpus=job.devices[0] != "cpu", limit_s=limit_s)
     if ended.timed_out:
         raise TimeoutError
-    code = _outcome(run, ended)
+    code = _outcome(job, ended)
     shutil.rmtree(run.scratch, ignore_errors=True)
     return code
 
 
-def _outcome(run: RunPaths, ended: Ended) -> int:
+def _outcome(job: Job, ended: Ended) -> int:
     """Decides how the run ended; prints a failure and writes it into `status.json`."""
+    run = job.run
     if len(set(ended.codes)) == 1 and ended.codes[0] in _SAVED:
         return int(ended.codes[0])
     records = sorted((json.loads(path.read_text()) for path in run.scratch.glob("failure.*.json")), key=_blame)
@@ -277,7 +281,7 @@ def _outcome(run: RunPaths, ended: Ended) -> int:
         code = Exit.INTERRUPTED if ended.signalled is signal.SIGINT else Exit.TERMINATED
         error, shown = f"stopped by {ended.signalled.name} before a step could be finished and saved", ""
     elif silent or not records:
-        error, shown, code = _silent_death(silent), "", Exit.FAILED
+        error, shown, code = _silent_death(job, silent), "", Exit.FAILED
     else:  # only victims: the best that is known
         error, shown, code = records[0]["error"], records[0]["traceback"], int(records[0]["exit_code"])
     _complain(error, shown)
@@ -298,16 +302,16 @@ def _blame(record: dict[str, Any]) -> tuple[bool, int]:
     return record["secondary"], record["time_ns"]
 
 
-def _silent_death(silent: dict[int, int]) -> str:
+def _silent_death(job: Job, silent: dict[int, int]) -> str:
     """Names the first rank that ended without a word: killed from outside, or by a crash in native code."""
     if not silent:
         return "the workers did not end by themselves"
     rank, code = next(iter(silent.items()))
     if code >= 0:
-        return f"stage {rank} (rank {rank}) ended without a message (exit code {code})"
+        return f"{job.place_of(rank)} ended without a message (exit code {code})"
     name = signal.Signals(-code).name
     hint = f". If the system did it, it ran {ADVICE}" if name == "SIGKILL" else ""
-    return f"stage {rank} (rank {rank}) was killed by {name}{hint}"
+    return f"{job.place_of(rank)} was killed by {name}{hint}"
 
 
 # ---- torchrun ----------------------------------------------------------------------------------------------------
@@ -324,7 +328,7 @@ def _run_as_torchrun_rank(job: Job, rank: int) -> int:
             _say_what_next(job, code)
         return int(code)
     except Exception as error:
-        failure = explain_failure(rank, error)
+        failure = explain_failure(job, rank, error)
     if (failure.traceback and not failure.secondary) or (not failure.traceback and rank == 0):
         _complain(failure.error, failure.traceback)
     if rank == 0:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipetrain.config import Config
-from pipetrain.derived import num_microbatches, num_stages, wanted_ranks
+from pipetrain.derived import num_stages, replica_microbatches, wanted_ranks
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, Exit
 from pipetrain.launch import prepare, run_job
@@ -83,13 +83,13 @@ def _planned(cfg: Config, run: RunPaths, count: int | None) -> tuple[Plan, Sched
         cfg = dataclasses.replace(cfg, devices="auto")
     job = settle(prepare(cfg, run, num_gpus, devices, say=_say), run_job, _say)
     recipe = build_recipe(job.cfg, job.data)
-    num_ranks = len(job.devices)
+    num_ranks = job.num_ranks
     balance = balance_of(job.cfg, len(recipe.layers), num_stages(job.cfg, num_ranks))
     if count is None:
         schedule = build_schedule(job.cfg, recipe, balance, num_ranks, steps_drawn(job.cfg, len(balance)))
     else:  # nobody will run or draw it: messages and proofs of millions of actions can be left out
         each = len(balance) // num_ranks
-        schedule = generate(job.cfg.schedule, num_ranks, num_microbatches(job.cfg), each)
+        schedule = generate(job.cfg.schedule, num_ranks, replica_microbatches(job.cfg), each)
     parameters = _parameters(recipe, balance)
     plan = make_plan(schedule, job.devices, recipe, balance, parameters, job.cfg.recompute, job.prediction)
     return plan, schedule

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
+from pipetrain.derived import num_replicas
 from pipetrain.engine.connect import connect
 from pipetrain.engine.transport import PeerLost
 from pipetrain.errors import Exit, PipetrainError
@@ -60,7 +61,7 @@ def run_process(job_json: str, rank: int, body: Callable[[Job, Signals], Exit]) 
     try:
         code = body(job, signals)
     except BaseException as error:
-        failure = explain_failure(rank, error)
+        failure = explain_failure(job, rank, error)
         _record(job.run, failure)
         code = Exit(failure.exit_code)
     sys.stdout.flush()
@@ -87,7 +88,7 @@ def run_rank(
     device = join(job, rank, world, store)
     job = settle(_with_common_folder(job), device)
     _log_to(job, rank)
-    code = train(job, connect(device, TIMEOUT), device, signals)
+    code = train(job, connect(device, TIMEOUT, num_replicas(job.cfg)), device, signals)
     dist.destroy_process_group()
     return code
 
@@ -147,13 +148,13 @@ class Failure:
     time_ns: int
 
 
-def explain_failure(rank: int, error: BaseException) -> Failure:
+def explain_failure(job: Job, rank: int, error: BaseException) -> Failure:
     """Puts an exception into words and writes it into the log."""
     cause = error if isinstance(error, PeerLost) else error.__cause__ or error
     known = isinstance(error, PipetrainError)
     failure = Failure(
         rank=rank,
-        error=str(error) if known else f"stage {rank} (rank {rank}) failed{memory_advice(error)}",
+        error=str(error) if known else f"{job.place_of(rank)} failed{memory_advice(error)}",
         traceback="" if known and cause is error else "".join(traceback.format_exception(cause)),
         exit_code=int(error.exit_code if isinstance(error, PipetrainError) else Exit.FAILED),
         secondary=isinstance(cause, PeerLost),

@@ -40,6 +40,7 @@ def build_runtime(
     recomputes: Callable[[str], bool] = lambda name: True,
     narrow_messages: bool = False,
     stale_weights: str = "stash",
+    replica_microbatches: int = 0,
 ) -> Runtime:
     """One stage on each rank where there is no placement."""
     here = [s for s, rank in enumerate(placement or range(len(balance))) if rank == transport.rank]
@@ -50,6 +51,7 @@ def build_runtime(
             dataflow_of(recipe, balance),
             device=CPU,
             seed=seed,
+            first_microbatch=transport.replicas.number * replica_microbatches,
             loss_sum=recipe.loss_sum if s == len(balance) - 1 else None,
             autocast_dtype=autocast_dtype,
             recomputes=recomputes,

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"config", "derived", "engine", "models", "partition", "profile", "schedule", "sim", "training", "worker"},
     "processes": set(),
     "torchrun": {"errors"},
-    "worker": {"processes", "training", "engine", "errors", "paths"},
+    "worker": {"derived", "processes", "training", "engine", "errors", "paths"},
     "check": BASE
     | {"config", "derived", "launch", "models", "partition", "planning", "schedule", "segment_memory", "torchrun"}
     | {"training", "worker"},

@@ -5,13 +5,16 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from runs import settings
 
-from pipetrain.launch import _outcome
+from pipetrain import launch
 from pipetrain.paths import RunPaths
 from pipetrain.processes import Ended, run_workers
 from pipetrain.training import status
+from pipetrain.training.job import Job
 from pipetrain.worker import Failure
 
 
@@ -20,6 +23,10 @@ def run(tmp_path: Path) -> RunPaths:
     paths = RunPaths(tmp_path)
     paths.scratch.mkdir()
     return paths
+
+
+def _outcome(run: RunPaths, ended: Ended, **changes: Any) -> int:
+    return launch._outcome(Job(settings(**changes), run, None, ("cpu",) * len(ended.codes), None), ended)
 
 
 def leave(run: RunPaths, rank: int, error: str, *, secondary: bool, code: int = 1) -> None:
@@ -37,6 +44,11 @@ def test_a_crash_after_an_earlier_success_is_a_failure(run: RunPaths, capsys: py
     assert said(capsys).startswith("error: stage 0 (rank 0) was killed by SIGKILL")
     assert status.read(run)["state"] == "failed"
     assert status.read(run)["step"] == 5
+
+
+def test_a_rank_of_several_replicas_is_named_with_its_own(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _outcome(run, Ended([None, None, None, -9]), data_parallel=2) == 1
+    assert said(capsys).startswith("error: stage 1 (rank 3, replica 1) was killed by SIGKILL")
 
 
 @pytest.mark.parametrize("code", [0, 75, 130])

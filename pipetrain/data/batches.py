@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from pipetrain.data.order import permutation
+from pipetrain.data.share import WHOLE, Share
 from pipetrain.data.text import TokenFolder, token_dtype, too_short
 from pipetrain.errors import ConfigError
 from pipetrain.suggest import one_of
@@ -19,7 +20,13 @@ ORDERS = (SHUFFLED, CONTIGUOUS, ONCE)
 
 
 class Batches(Protocol):
-    """Batch 0, 1, 2, ... of one split, going on over epochs; the same number always gives the same batch."""
+    """Batch 0, 1, 2, ... of one split, going on over epochs; the same number always gives the same batch.
+
+    Attributes:
+        share: the rows that `batch` gives.
+    """
+
+    share: Share
 
     @property
     def num_batches(self) -> int:
@@ -29,10 +36,10 @@ class Batches(Protocol):
         """Samples in batch `index`, without reading it."""
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of batch `index`."""
+        """Inputs and targets of the share of batch `index`."""
 
     def targets(self, index: int) -> torch.Tensor:
-        """Targets of batch `index`, as cheaply as they can be had: the last stage needs nothing else."""
+        """Targets of the whole batch `index`, as cheaply as they can be had: the last stage needs nothing else."""
 
 
 class TextBatches:
@@ -54,13 +61,22 @@ class TextBatches:
         batch_size: samples of one batch.
         order: 'shuffled', 'contiguous' or 'once'.
         seed: of the run; the order of epoch e comes from (seed, split, e).
+        share: the rows that `batch` gives.
 
     Raises:
         ConfigError: if there is no such split or order, or the split does not fill one batch (one sample for 'once').
     """
 
     def __init__(
-        self, tokens: TokenFolder, split: str, *, seq_len: int, batch_size: int, order: str, seed: int
+        self,
+        tokens: TokenFolder,
+        split: str,
+        *,
+        seq_len: int,
+        batch_size: int,
+        order: str,
+        seed: int,
+        share: Share = WHOLE,
     ) -> None:
         if order not in ORDERS:
             raise ConfigError(f"data.order={order}: no such choice. {one_of(order, ORDERS)}")
@@ -68,6 +84,7 @@ class TextBatches:
             raise ConfigError(f"split={split}: the text has no such split. {one_of(split, tuple(tokens.num_tokens))}")
         self.seq_len = seq_len
         self.batch_size = batch_size
+        self.share = share
         self._tokens = tokens
         self._split = split
         self._order = order
@@ -93,14 +110,16 @@ class TextBatches:
         return min(self.batch_size, self._num_windows - index % self.num_batches * self.batch_size)
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of batch `index`: int64 [rows, seq_len] each, targets one token later."""
-        positions = self._starts(index)[:, None] + np.arange(self.seq_len + 1)
-        windows = torch.from_numpy(np.asarray(self._ids[positions], dtype=np.int64))
+        """Inputs and targets of the share of batch `index`: int64 [rows, seq_len] each, targets one token later."""
+        windows = self._windows(self._starts(index)[self.share.rows(self.rows(index))])
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def targets(self, index: int) -> torch.Tensor:
         """Targets of batch `index`: int64 [rows, seq_len]."""
-        return self.batch(index)[1]
+        return self._windows(self._starts(index))[:, 1:].contiguous()
+
+    def _windows(self, starts: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(self._ids[starts[:, None] + np.arange(self.seq_len + 1)], dtype=np.int64))
 
     @cached_property
     def _ids(self) -> np.memmap[tuple[int], np.dtype[np.unsignedinteger]]:

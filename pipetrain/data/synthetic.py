@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pipetrain.data.share import WHOLE, Share
 from pipetrain.errors import ConfigError
 from pipetrain.seeds import derive_seed
 
@@ -18,6 +19,7 @@ class SyntheticBatches:
     Args:
         shape: sizes of one sample.
         samples: of one epoch.
+        share: the rows that `batch` gives.
         split: 'train', 'valid' or 'test'.
 
     Raises:
@@ -25,7 +27,15 @@ class SyntheticBatches:
     """
 
     def __init__(
-        self, shape: Sequence[int], classes: int, samples: int, split: str, *, batch_size: int, seed: int
+        self,
+        shape: Sequence[int],
+        classes: int,
+        samples: int,
+        split: str,
+        *,
+        batch_size: int,
+        seed: int,
+        share: Share = WHOLE,
     ) -> None:
         if split == "train" and samples < batch_size:
             raise ConfigError(
@@ -34,6 +44,7 @@ class SyntheticBatches:
             )
         self._shape, self._classes, self._samples, self._split = tuple(shape), classes, samples, split
         self._batch_size, self._seed = batch_size, seed
+        self.share = share
 
     @property
     def num_batches(self) -> int:
@@ -46,18 +57,26 @@ class SyntheticBatches:
         return min(self._batch_size, self._samples - index % self.num_batches * self._batch_size)
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs float32 [rows, *shape] and class numbers int64 [rows] of batch `index`."""
-        first = index % self.num_batches * self._batch_size
-        samples = [self._sample(first + row) for row in range(self.rows(index))]
-        return torch.stack([inputs for inputs, _ in samples]), torch.tensor([target for _, target in samples])
+        """Inputs float32 [rows, *shape] and class numbers int64 [rows] of the share of batch `index`."""
+        samples = [self._sample(number) for number in self._numbers(index)[self.share.rows(self.rows(index))]]
+        inputs = torch.stack([inputs for inputs, _ in samples]) if samples else torch.empty(0, *self._shape)
+        return inputs, torch.tensor([target for _, target in samples], dtype=torch.int64)
 
     def targets(self, index: int) -> torch.Tensor:
         """Class numbers int64 [rows] of batch `index`."""
-        return self.batch(index)[1]
+        return torch.tensor([self._target(number)[0] for number in self._numbers(index)])
+
+    def _numbers(self, index: int) -> range:
+        first = index % self.num_batches * self._batch_size
+        return range(first, first + self.rows(index))
+
+    def _target(self, number: int) -> tuple[int, torch.Generator]:
+        """The class of a sample, and what the rest of it is drawn from."""
+        draws = torch.Generator().manual_seed(derive_seed(self._seed, "data", self._split, number))
+        return int(torch.randint(self._classes, (), generator=draws)), draws
 
     def _sample(self, number: int) -> tuple[torch.Tensor, int]:
-        draws = torch.Generator().manual_seed(derive_seed(self._seed, "data", self._split, number))
-        target = int(torch.randint(self._classes, (), generator=draws))
+        target, draws = self._target(number)
         offsets = torch.Generator().manual_seed(derive_seed(self._seed, "class", target))
         channels, *rest = self._shape
         offset = torch.randn(channels, generator=offsets).reshape(channels, *(1 for _ in rest))

@@ -7,14 +7,18 @@ the sufficient statistics ... are computed over each micro-batch ... track the m
 statistics over the entire mini-batch"): its squares are those within the micro-batches and those between their means.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipetrain.engine.replicas import gather_rows
+from pipetrain.engine.transport import Replicas
 from pipetrain.errors import ConfigError
+
+Part = tuple[int, Tensor, Tensor]  # of one call: numbers in a channel, their mean and their unbiased variance
 
 
 class MiniBatchStatistics:
@@ -39,7 +43,7 @@ class MiniBatchStatistics:
             )
         self.microbatch: int | None = None
         self._module = module
-        self._parts: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+        self._parts: dict[int, list[Part]] = {}
         # In the place of hooks, which would double the time that a small one takes.
         earlier = getattr(module.forward, "__self__", None)
         self._modules_own: Callable[..., Any] = (
@@ -51,14 +55,32 @@ class MiniBatchStatistics:
         """Starts a new mini-batch."""
         self._parts.clear()
 
+    def take_parts(self) -> list[Part]:
+        """Those of all micro-batches, in their order; none are left."""
+        parts = [part for microbatch in sorted(self._parts) for part in self._parts[microbatch]]
+        self._parts.clear()
+        return parts
+
+    @property
+    def num_features(self) -> int:
+        return self._module.num_features
+
+    def add_parts(self, rows: Tensor) -> None:
+        """Takes parts from elsewhere, behind those that are there: [parts, numbers + mean + variance]."""
+        if self._module.running_mean is None:
+            return
+        here = rows.to(self._module.running_mean.device)
+        self._parts.setdefault(0, []).extend(
+            (int(row[0]), row[1 : 1 + self.num_features], row[1 + self.num_features :]) for row in here
+        )
+
     @torch.no_grad()
     def update(self) -> None:
         """Moves the running statistics by those of the mini-batch.
 
         torch's rule: running = (1 - momentum) * running + momentum * new, and a cumulative mean for momentum None.
         """
-        parts = [part for microbatch in sorted(self._parts) for part in self._parts[microbatch]]
-        self._parts.clear()
+        parts = self.take_parts()
         module = self._module
         if not parts or module.running_mean is None or module.running_var is None:
             return
@@ -90,7 +112,29 @@ class MiniBatchStatistics:
         return output
 
 
-def _merged(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def exchange(statistics: Sequence[MiniBatchStatistics], replicas: Replicas) -> None:
+    """Gives every replica the parts of all of them, in the order of the micro-batches.
+
+    Args:
+        statistics: of the same modules in all of them.
+    """
+    own = [each.take_parts() for each in statistics]
+    widths = torch.tensor([1 + 2 * each.num_features for each in statistics])
+    numbers = replicas.gather(torch.tensor([len(parts) for parts in own]))
+    rows = [
+        torch.cat([mean.new_tensor([n], dtype=torch.float64), mean.double(), variance.double()])
+        for parts in own
+        for n, mean, variance in parts
+    ]
+    vector = torch.cat(rows).cpu() if rows else torch.zeros(0, dtype=torch.float64)
+    for number, gathered in zip(numbers, gather_rows(vector, replicas), strict=True):
+        pieces = gathered.split((number * widths).tolist())
+        for each, piece, width in zip(statistics, pieces, widths.tolist(), strict=True):
+            each.add_parts(piece.reshape(-1, width))
+
+
+def _merged(parts: list[Part]) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of samples given by (count, mean, unbiased variance), in float64."""
     counts, means, variances = zip(*parts, strict=True)
     total, mean, variance = sum(counts), torch.stack(means).double(), torch.stack(variances).double()

@@ -1,9 +1,10 @@
 """The one meeting of all ranks in a step, or in a segment of a stale schedule: loss, gradient norm and measurements,
 added up in a single vector.
 
-Every entry is filled by one rank and zero on the others, so the sum is exact. The norm of a synchronous step is then
-added up on every rank in the same order over the same numbers, one for each parameter of the unsplit model: it does not
-depend on the partitioning.
+Every entry is filled by one rank and zero on the others, so the sum is exact. Replicas add up their losses and
+requests; their gradients are the same by then, and the measurements are each replica's own. The norm of a synchronous
+step is then added up on every rank in the same order over the same numbers, one for each parameter of the unsplit
+model: it does not depend on the partitioning.
 """
 
 import math
@@ -144,13 +145,14 @@ class Reporter:
         scalars = torch.tensor([loss_sum, count, request], dtype=torch.float64)
         reduced = self._transport.all_reduce(torch.cat([scalars, measures.flatten(), norms]))
         scalars, flat, norms = torch.split(reduced, [len(scalars), measures.numel(), len(norms)])
+        loss_sum, request = self._transport.replicas.sum(scalars[[0, 2]]).tolist()
         bounds = list(zip(self._offsets, self._offsets[1:], strict=False))
         bad = [stage for stage, (start, end) in enumerate(bounds) if not norms[start:end].isfinite().all()]
         return StepReport(
-            loss_sum=float(scalars[0]),
+            loss_sum=loss_sum,
             count=float(scalars[1]),
             grad_norm=float(norms.sum().sqrt()),
-            requests=float(scalars[2]),
+            requests=request,
             stages=tuple(StageMeasures(*row) for row in flat.reshape(measures.shape).tolist()),
             bad_stage=bad[0] if bad else None,
         )
@@ -187,12 +189,14 @@ class Reporter:
         reduced = self._transport.all_reduce(torch.cat([scalar, measures.flatten(), of_steps.flatten()]))
         scalar, flat, flat_steps = torch.split(reduced, [1, measures.numel(), of_steps.numel()])
         rows = flat_steps.reshape(of_steps.shape).tolist()
+        of_losses = flat_steps[: schedule.num_steps]
+        *loss_sums, request = self._transport.replicas.sum(torch.cat([of_losses, scalar])).tolist()
         return SegmentReport(
-            loss_sums=tuple(rows[0]),
+            loss_sums=tuple(loss_sums),
             counts=tuple(rows[1]),
             squared_norms=tuple(map(tuple, rows[2 : 2 + self._num_stages])),
             staleness=tuple(tuple(map(int, row)) for row in rows[2 + self._num_stages :]),
-            requests=float(scalar),
+            requests=request,
             stages=tuple(StageMeasures(*row) for row in flat.reshape(measures.shape).tolist()),
         )
 

@@ -1,6 +1,7 @@
 """Draws of random layers that depend on what is computed, never on when or where.
 
-Before a layer runs, the device's generator is seeded from (run seed, step, layer name, micro-batch); before each call
+Before a layer runs, the device's generator is seeded from (run seed, step, layer name, micro-batch), where those of all
+replicas are counted through; before each call
 of a module in it that may draw, once more, from the module's name in the unsplit model (and the number of the call,
 where a module is called several times). A recompute seeds the same way, so it sees the same dropout mask; a stage more
 or less changes nothing; and a plain loop over the unsplit model that seeds at the same places draws the same numbers.
@@ -31,9 +32,13 @@ _DRAWING = (
 class LayerRandomness:
     """Seeds the generators that the layers of one device draw from."""
 
-    def __init__(self, device: torch.device, seed: int) -> None:
+    def __init__(self, device: torch.device, seed: int, first_microbatch: int = 0) -> None:
+        """
+        Args:
+            first_microbatch: of this replica, in the whole mini-batch.
+        """
         self.device = device
-        self._seed = seed
+        self._seed, self._first_microbatch = seed, first_microbatch
         self._now = (0, 0)
         self._calls: dict[str, int] = {}
         self._most_calls: dict[str, int] = {}
@@ -73,7 +78,7 @@ class LayerRandomness:
         Args:
             torch_only: where nothing draws from Python's generators.
         """
-        self._now = (step, microbatch)
+        self._now = step, microbatch = step, self._first_microbatch + microbatch
         self._calls.clear()
         self._in_backward = False
         self._seed_with(derive_seed(self._seed, step, layer, microbatch), torch_only)
@@ -85,7 +90,7 @@ class LayerRandomness:
 
     def before_backward(self, step: int, microbatch: int) -> None:
         """For modules that run again in a backward (torch.utils.checkpoint): they draw what they drew before."""
-        self._now = (step, microbatch)
+        self._now = step, self._first_microbatch + microbatch
         self._calls.clear()
         self._in_backward = True
 

@@ -5,7 +5,8 @@
 
 A synchronous schedule is one mini-batch. Behind it stands the update, where the ranks meet once, for the loss, the norm
 of the gradient and the measurements (`report`). A stale one is a segment of mini-batches: each rank updates by itself,
-and they meet in the end. What travels in between is `exchange`'s; which weights an action sees is `versions`'.
+and they meet in the end. What travels in between is `exchange`'s; what goes to other replicas is `reduction`'s; which
+weights an action sees is `versions`'.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from pipetrain.engine.exchange import Exchange
 from pipetrain.engine.joint_update import JointUpdate, JointUpdates
 from pipetrain.engine.loss import Tensors
 from pipetrain.engine.minibatch import MiniBatch, MiniBatches
+from pipetrain.engine.reduction import PendingSum
 from pipetrain.engine.report import Reporter, SegmentReport, StepReport
 from pipetrain.engine.stage import Stage
 from pipetrain.engine.structure import key_of
@@ -92,6 +94,7 @@ class Runtime:
             Kind.BACKWARD: self._backward,
             Kind.BACKWARD_INPUT: self._backward,
             Kind.BACKWARD_WEIGHT: self._backward_weight,
+            Kind.REDUCE: self._reduce,
             Kind.UPDATE: self._update,
             Kind.SEND_FORWARD: self._exchange.send_forward,
             Kind.RECEIVE_FORWARD: self._exchange.receive_forward,
@@ -208,10 +211,10 @@ class Runtime:
         found = torch.zeros(self._num_stages, 2, dtype=torch.float64)
         for stage, (place, microbatch) in self._culprits.items():
             found[stage] = torch.tensor([place + 1, microbatch])
-        found = self.transport.all_reduce(found)
-        for stage in range(self._num_stages):
-            if found[stage, 0] > 0:
-                return stage, int(found[stage, 0]) - 1, int(found[stage, 1])
+        for of_replica in self.transport.replicas.gather(self.transport.all_reduce(found)):
+            for stage in range(self._num_stages):
+                if of_replica[stage, 0] > 0:
+                    return stage, int(of_replica[stage, 0]) - 1, int(of_replica[stage, 1])
         return None
 
     # ---- one step --------------------------------------------------------------------------------------------
@@ -235,6 +238,7 @@ class Runtime:
         self._losses = torch.zeros(schedule.num_steps, dtype=torch.float64, device=self.device)
         self._measured: list[list[Tensor]] = []
         self._looking = False
+        self._pending: dict[tuple[int, int], PendingSum] = {}  # by stage and mini-batch
         self._report: StepReport | None = None
         for stage in self.stages.values():
             stage.train(training)
@@ -324,12 +328,32 @@ class Runtime:
         self._stage(action).backward_weight(action.microbatch)
         self._clock.record(action, start)  # type: ignore[arg-type]
 
+    def _reduce(self, action: Action) -> None:
+        """Sends the gradients of a stage on their way. They come back before its update."""
+        s, step = action.stage, action.step
+        layers = [
+            {layer.full_name(name): p for name, p in layer.module.named_parameters() if p.requires_grad}
+            for layer in self.stages[s].layers
+        ]
+        own = self._versions.gradients(s, step) if self._program.joint else self._take_gradients(s)
+        self._pending[s, step] = PendingSum(layers, own, self.transport.replicas)
+
+    def _take_gradients(self, stage: int) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.stages[stage].named_parameters():
+            if parameter.grad is not None:
+                found[name], parameter.grad = parameter.grad, None
+        return found
+
     def _update(self, action: Action) -> None:
         """The first of a rank's stages to update does it for all: the optimizer has the parameters of all of them."""
         if self._program.joint:
             return self._update_alone(action)
         report, is_first = self._report, self._report is None
         if report is None:
+            for pending in self._pending.values():
+                for name, gradient in pending.wait().items():
+                    self.parameters[name].grad = gradient
             sum_gradients(self._ties, self.parameters, self._program.schedule.placement, self.transport)
             measured = self._clock.spans(), self._updates, self._data_s
             loss_sum, count = float(self._losses[0]), self._minibatches.totals.get(0, 0)
@@ -339,13 +363,16 @@ class Runtime:
         if is_first:
             self._on_update(report)
         if report.bad_stage is None:
-            self.stages[action.stage].update_statistics()
+            self.stages[action.stage].update_statistics(self.transport.replicas)
         self._clock.record(action, start)  # type: ignore[arg-type]
 
     def _update_alone(self, action: Action) -> None:
         """Of updates that stand next to each other the first one does it for all."""
         start = self._clock.now()
         if (actions := self._program.joint.get(action)) is not None:
+            for a in actions:
+                if pending := self._pending.pop((a.stage, a.step), None):
+                    self._versions.gradients(a.stage, a.step).update(pending.wait())
             last = next((a.step for a in actions if a.stage == self._num_stages - 1), None)
             loss = None if last is None else float(self._losses[last]) / self._minibatches.totals[last]
             self._made.append(self._joint.make(actions, self._first_step, loss, self._on_joint_update))
@@ -360,6 +387,7 @@ class Runtime:
         digests = torch.zeros(self.transport.num_ranks, dtype=torch.float64)
         digests[self.transport.rank] = digest  # 48 bits: exact in float64
         digests = self.transport.all_reduce(digests)
+        digests = torch.cat(self.transport.replicas.gather(digests))
         different = [rank for rank, other in enumerate(digests.tolist()) if other != digests[0]]
         if different:
             raise StageFailed(

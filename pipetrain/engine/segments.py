@@ -103,9 +103,9 @@ class Segments:
             if states and states[0] is not None
         }
 
-    def restore(self, name: str, states: Tensor, step: int, num_microbatches: int) -> None:
-        """Goes on from a memory that was saved after `step` mini-batches."""
-        for m, state in enumerate(states.tensor_split(num_microbatches)):
+    def restore(self, name: str, states: Sequence[Tensor], step: int) -> None:
+        """Goes on from a memory that was saved after `step` mini-batches: that of each micro-batch."""
+        for m, state in enumerate(states):
             self._carried[True][name, m] = _Carried(step - 1, None, state.clone())
 
     @property

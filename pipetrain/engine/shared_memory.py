@@ -13,7 +13,7 @@ import socket
 import struct
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipetrain.engine.message import Wire
 from pipetrain.engine.structure import ALIGNMENT_BYTES
-from pipetrain.engine.transport import PeerLost
+from pipetrain.engine.transport import PeerLost, Replicas
 
 _ANNOUNCED = struct.Struct("qqq")  # tag, where in the segment, number of bytes
 _RANK = struct.Struct("q")
@@ -184,12 +184,17 @@ class _Expected:
 
 
 class SharedMemoryTransport:
-    """All ranks of the default process group, which must be on one machine."""
+    """All ranks of a pipeline, and of all other ones, which must be on one machine."""
 
-    def __init__(self, timeout: datetime.timedelta) -> None:
-        self.rank = dist.get_rank()
-        self.num_ranks = dist.get_world_size()
-        self._channels = _connect(self.rank, self.num_ranks, timeout)
+    def __init__(self, timeout: datetime.timedelta, ranks: Sequence[int], replicas: Replicas) -> None:
+        """
+        Args:
+            ranks: those of the default process group that are this pipeline.
+        """
+        self.rank = ranks.index(dist.get_rank())
+        self.num_ranks = len(ranks)
+        self.replicas = replicas
+        self._channels = _connect(self.rank, self.num_ranks, replicas.number, timeout)
 
     def send(self, tensor: Tensor, to_rank: int, tag: int) -> _Delivered:
         self._channels[to_rank].send(tensor.detach().view(torch.uint8), tag)
@@ -221,10 +226,11 @@ class SharedMemoryTransport:
         return total.view(shape)
 
 
-def _connect(rank: int, num_ranks: int, timeout: datetime.timedelta) -> dict[int, Channel]:
-    """A socket to every other rank, through names that only this machine's network namespace knows."""
+def _connect(rank: int, num_ranks: int, replica: int, timeout: datetime.timedelta) -> dict[int, Channel]:
+    """A socket to every other rank of a pipeline, through names that only this machine's network namespace knows."""
     name = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, src=0)
+    address = f"\0pipetrain-{name[0]}-{replica}"
     channels: dict[int, Channel] = {}
 
     def add(other: int, connection: socket.socket) -> None:
@@ -232,12 +238,12 @@ def _connect(rank: int, num_ranks: int, timeout: datetime.timedelta) -> dict[int
         channels[other] = Channel(connection)
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
-        listening.bind(f"\0pipetrain-{name[0]}-{rank}")
+        listening.bind(f"{address}-{rank}")
         listening.listen(num_ranks)
         dist.barrier()
         for other in range(rank):
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            connection.connect(f"\0pipetrain-{name[0]}-{other}")
+            connection.connect(f"{address}-{other}")
             connection.send(_RANK.pack(rank))
             add(other, connection)
         while len(channels) < num_ranks - 1:

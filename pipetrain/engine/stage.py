@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import TreeSpec
 
-from pipetrain.engine.batchnorm import MiniBatchStatistics
+from pipetrain.engine.batchnorm import MiniBatchStatistics, exchange
 from pipetrain.engine.layer import Layer, LayerGraph
 from pipetrain.engine.loss import Loss, LossSum, Tensors
 from pipetrain.engine.message import ValueId, Values
 from pipetrain.engine.rng import LayerRandomness
 from pipetrain.engine.segments import Segments
 from pipetrain.engine.structure import TensorSpec, describe, same_kind, structure_of
+from pipetrain.engine.transport import Replicas
 from pipetrain.engine.wiring import Inputs, Wiring
 from pipetrain.errors import LayerError
 from pipetrain.schedule import Dataflow
@@ -52,6 +53,7 @@ class Stage:
         *,
         device: torch.device,
         seed: int,
+        first_microbatch: int = 0,
         loss_sum: LossSum | None = None,
         measures: Sequence[LossSum] = (),
         autocast_dtype: torch.dtype | None = None,
@@ -63,6 +65,7 @@ class Stage:
             layers: (name, prefix of its parameters' names in the unsplit model, module), the modules on `device`.
             dataflow: of the whole model, cut as it is.
             seed: the run's; random layers draw from it.
+            first_microbatch: of this replica, in the whole mini-batch; random layers draw from its number there.
             loss_sum: on the last stage only.
             measures: further sums over the samples that are wanted in evaluation, there too.
             autocast_dtype: None computes in the parameters' own precision.
@@ -72,7 +75,7 @@ class Stage:
         self.index = index
         self.layers = [Layer(*layer) for layer in layers]
         self.step = 0
-        self.random = LayerRandomness(device, seed)
+        self.random = LayerRandomness(device, seed, first_microbatch)
         self.wiring = Wiring(dataflow, index)
         # One context for each action. Its weight cache is off: it would outlive an update of the weights.
         self._autocast: Callable[[], AbstractContextManager[object]] = (
@@ -137,8 +140,10 @@ class Stage:
                     "unfreeze parameters before the pipeline is built"
                 )
 
-    def update_statistics(self) -> None:
-        """Moves the running statistics of all BatchNorms by those of the mini-batch."""
+    def update_statistics(self, replicas: Replicas) -> None:
+        """Moves the running statistics of all BatchNorms by those of the mini-batch, in all replicas alike."""
+        if replicas.count > 1 and self._statistics:
+            exchange(self._statistics, replicas)
         for statistics in self._statistics:
             statistics.update()
 

@@ -8,6 +8,7 @@ asks for: one order of messages on all ranks (the schedule has it), and point-to
 """
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +34,7 @@ class _PeersMayBeLost:
             raise PeerLost(f"the connection to another rank is gone: {error}") from error
 
 
-_PEERS_MAY_BE_LOST = _PeersMayBeLost()
+PEERS_MAY_BE_LOST = _PeersMayBeLost()
 
 
 class Sent(Protocol):
@@ -50,11 +51,38 @@ class Posted(Protocol):
         """Returns the tensor when it is there."""
 
 
+class Replicas(Protocol):
+    """This rank among those with its place in the other replicas.
+
+    Attributes:
+        number: the replica that this rank belongs to.
+        count: how many there are.
+    """
+
+    number: int
+    count: int
+
+    def start_sum(self, bucket: Tensor) -> Posted:
+        """Starts to add up a tensor on the device over all replicas, in its own memory; returns at once."""
+
+    def sum(self, vector: Tensor) -> Tensor:
+        """Adds up a CPU vector over all replicas."""
+
+    def gather(self, vector: Tensor) -> list[Tensor]:
+        """The CPU vectors of all replicas, equally long, in their order."""
+
+
 class Transport(Protocol):
-    """What the runtime needs of a network. `tag` tells the messages of one step between two ranks apart."""
+    """What the runtime needs of a network. `tag` tells the messages of one step between two ranks apart.
+
+    Attributes:
+        rank, num_ranks: in this rank's pipeline, which is all that the methods reach.
+        replicas: the way to the other pipelines.
+    """
 
     rank: int
     num_ranks: int
+    replicas: Replicas
 
     def send(self, tensor: Tensor, to_rank: int, tag: int) -> Sent:
         """Starts a message and returns at once."""
@@ -69,7 +97,7 @@ class Transport(Protocol):
         """Waits for a small message of the shape and dtype of `like`."""
 
     def all_reduce(self, vector: Tensor) -> Tensor:
-        """Adds up a CPU vector over all ranks; every rank gets the sum."""
+        """Adds up a CPU vector over all ranks of the pipeline; every rank gets the sum."""
 
 
 @dataclass
@@ -82,7 +110,7 @@ class _OnItsWay:
     def wait(self) -> Tensor:
         assert self.tensor is not None
         if self.work is not None:
-            with _PEERS_MAY_BE_LOST:
+            with PEERS_MAY_BE_LOST:
                 self.work.wait()
         return self.tensor
 
@@ -94,37 +122,50 @@ class _Leaving(_OnItsWay):
 
 
 class DistributedTransport:
-    """The default process group for collectives and small messages (CPU), and a group of its own for tensors."""
+    """The default process group for small messages (CPU), and a group of its own for tensors."""
 
-    def __init__(self, device: torch.device, timeout: datetime.timedelta) -> None:
-        self.rank = dist.get_rank()
-        self.num_ranks = dist.get_world_size()
-        self._device = device
+    def __init__(
+        self,
+        device: torch.device,
+        timeout: datetime.timedelta,
+        ranks: Sequence[int],
+        pipeline: dist.ProcessGroup,
+        replicas: Replicas,
+    ) -> None:
+        """
+        Args:
+            ranks: those of the default process group that are this pipeline.
+            pipeline: a group of them for CPU vectors.
+        """
+        self.rank = ranks.index(dist.get_rank())
+        self.num_ranks = len(ranks)
+        self.replicas = replicas
+        self._device, self._ranks, self._pipeline = device, ranks, pipeline
         if device.type == "cuda":
             self._group = dist.new_group(backend="nccl", device_id=device, timeout=timeout)
         else:
             self._group = dist.new_group(timeout=timeout)
 
     def send(self, tensor: Tensor, to_rank: int, tag: int) -> Sent:
-        with _PEERS_MAY_BE_LOST:
-            return _Leaving(dist.isend(tensor, to_rank, group=self._group, tag=tag), tensor)
+        with PEERS_MAY_BE_LOST:
+            return _Leaving(dist.isend(tensor, self._ranks[to_rank], group=self._group, tag=tag), tensor)
 
     def post(self, wire: Wire, from_rank: int, tag: int) -> Posted:
         buffer = wire.empty(self._device)
-        with _PEERS_MAY_BE_LOST:
-            return _OnItsWay(dist.irecv(buffer, from_rank, group=self._group, tag=tag), buffer)
+        with PEERS_MAY_BE_LOST:
+            return _OnItsWay(dist.irecv(buffer, self._ranks[from_rank], group=self._group, tag=tag), buffer)
 
     def tell(self, data: Tensor, to_rank: int, tag: int) -> Sent:
-        with _PEERS_MAY_BE_LOST:
-            return _Leaving(dist.isend(data, to_rank, tag=tag), data)
+        with PEERS_MAY_BE_LOST:
+            return _Leaving(dist.isend(data, self._ranks[to_rank], tag=tag), data)
 
     def hear(self, like: Tensor, from_rank: int, tag: int) -> Tensor:
-        with _PEERS_MAY_BE_LOST:
-            dist.recv(like, from_rank, tag=tag)
+        with PEERS_MAY_BE_LOST:
+            dist.recv(like, self._ranks[from_rank], tag=tag)
         return like
 
     def all_reduce(self, vector: Tensor) -> Tensor:
         if self.num_ranks > 1:
-            with _PEERS_MAY_BE_LOST:
-                dist.all_reduce(vector)
+            with PEERS_MAY_BE_LOST:
+                dist.all_reduce(vector, group=self._pipeline)
         return vector

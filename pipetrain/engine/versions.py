@@ -128,6 +128,10 @@ class WeightVersions:
                     "version of it can be put in its place; use a synchronous schedule"
                 )
 
+    def gradients(self, stage: int, step: int) -> dict[str, Tensor]:
+        """Those of a mini-batch by full name; what is changed there is changed here."""
+        return self._stages[stage].gradients.setdefault(step, {})
+
     def take_gradients(self, stage: int, step: int) -> tuple[dict[str, Tensor], int]:
         """For an update of a stage: the gradients of a mini-batch by full name, and how many updates late they are."""
         weights = self._stages[stage]

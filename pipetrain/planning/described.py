@@ -53,6 +53,7 @@ def described_profile(job: Job, recipe: Recipe, signatures: Sequence[str], rows:
         memory_bytes={device.name: device.memory_gib * 2**30},
         slowness={device.name: 1.0},
         link=Link(device.link_us * 1e-6, gb_per_s),
+        sums=Link(2 * device.link_us * 1e-6, gb_per_s),  # there and back
         engine_s=0.0,
         crowding=1.0,
         disturbed=False,

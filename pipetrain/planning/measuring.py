@@ -81,6 +81,7 @@ def measure_together(
     dist.all_gather_object(seconds, sum(layer.forward_s + layer.backward_s for layer in costs[rows[0]].layers))
     transport = connect(device, TIMEOUT)
     link = measure_link(transport, device) if world > 1 else Link()
+    sums = _measure_sums(device) if world > 1 else Link()
     own_s = engine_s(transport, device)
     memory: list[float] = [0.0] * world
     dist.all_gather_object(memory, memory_of(device))
@@ -91,6 +92,7 @@ def measure_together(
         memory_bytes=dict(zip(kinds, memory, strict=True)),
         slowness={kind: own / seconds[0] for kind, own in reversed(list(zip(kinds, seconds, strict=True)))},
         link=link,
+        sums=sums,
         engine_s=own_s,
         crowding=crowding(job),
         disturbed=device.type == "cpu" and watch.waited_more_than(_DISTURBED * crowding(job)),
@@ -167,8 +169,30 @@ def measure_link(transport: Transport, device: torch.device) -> Link:
                         torch.cuda.synchronize(device)
             taken.append((time.perf_counter() - started) / 2)
         medians.append(statistics.median(taken))
-    small, large = medians
-    return Link(small, (_LARGE - _SMALL) / max(large - small, 1e-9))
+    return _link(*medians)
+
+
+def _measure_sums(device: torch.device) -> Link:
+    """As gradients of two replicas are added up, by the first two ranks; all must call it."""
+    pair = dist.new_group([0, 1], backend="nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if dist.get_rank() > 1:
+        return Link()
+    medians = []
+    for size in (_SMALL, _LARGE):
+        bucket, taken = torch.zeros(size // 4, device=device), []
+        for _ in range(_MESSAGES):
+            started = time.perf_counter()
+            dist.all_reduce(bucket, group=pair, async_op=True).wait()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - started)
+        medians.append(statistics.median(taken))
+    return _link(*medians)
+
+
+def _link(small_s: float, large_s: float) -> Link:
+    """From what small and large messages take."""
+    return Link(small_s, (_LARGE - _SMALL) / max(large_s - small_s, 1e-9))
 
 
 def kind_of(device: torch.device) -> str:

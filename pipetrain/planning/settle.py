@@ -32,7 +32,7 @@ from pipetrain.schedule import SELECTIVE
 from pipetrain.schedule.stale import LOCKED, STASH
 from pipetrain.sim.accounts import account
 from pipetrain.sim.balance import even
-from pipetrain.sim.forecast import Forecast, Setting, forecast, schedule_of, sizes_of
+from pipetrain.sim.forecast import Forecast, Setting, forecast, samples_of, schedule_of
 from pipetrain.sim.planner import plans
 from pipetrain.training.build import build_recipe, is_recomputed
 from pipetrain.training.job import Job
@@ -102,29 +102,26 @@ def _is_open(job: Job) -> bool:
 
 def _rows(job: Job, recipe: Recipe) -> list[int]:
     """The samples of micro-batches, of all numbers of them that may be chosen."""
-    counts = {choice.num_microbatches for choice in choices(job.cfg, len(job.devices), len(recipe.layers))}
-    return sorted({rows for count in counts for rows in sizes_of(job.cfg.batch_size, count)})
+    every = choices(job.cfg, len(job.devices), len(recipe.layers))
+    return sorted({rows for choice in every for rows in samples_of(job.cfg.batch_size, choice)})
 
 
 def _settled(job: Job, recipe: Recipe, profile: Profile, say: Say) -> Job:
-    num_ranks, setting = len(job.devices), _setting(job, recipe, profile)
-    every = choices(job.cfg, num_ranks, len(recipe.layers))
-    possible = [
-        choice
-        for choice in every
-        if profile.costs[sizes_of(job.cfg.batch_size, choice.num_microbatches)[0]] is not None
-    ]
+    setting = _setting(job, recipe, profile)
+    every = choices(job.cfg, len(job.devices), len(recipe.layers))
+    possible = [choice for choice in every if profile.costs[samples_of(job.cfg.batch_size, choice)[0]] is not None]
     if not possible:
         raise ConfigError(
             f"micro_batches={num_microbatches(job.cfg)} makes micro-batches of which the devices have no memory for a "
             "single layer; use more of them, or micro_batches=auto"
         )
     ranked = plans(setting, possible)
-    best, opened = ranked[0], left_open(job.cfg, num_ranks)
+    best, opened = ranked[0], left_open(job.cfg, len(job.devices))
     job.run.root.mkdir(parents=True, exist_ok=True)
     job.run.profile.write_text(profile.to_json())
     if opened:
-        say(_told(best, opened, forecast(setting, best.choice, even(len(recipe.layers), len(best.balance)))))
+        as_even = even(len(recipe.layers), len(best.balance))
+        say(_told(best, opened, forecast(setting.of_one(best.choice.replicas), best.choice, as_even)))
     cfg = dataclasses.replace(job.cfg, **{key: _typed(best)[key] for key in (*opened, "balance")})
     prediction = _prediction(job, recipe, setting, ranked, opened)
     if profile.disturbed:
@@ -139,9 +136,10 @@ def _typed(plan: Forecast) -> dict[str, Any]:
     """The settings of a plan."""
     choice = plan.choice
     return {
+        "data_parallel": choice.replicas,
         "schedule": choice.schedule,
         "partitions": len(plan.balance),
-        "micro_batches": choice.num_microbatches,
+        "micro_batches": choice.num_microbatches * choice.replicas,
         "recompute": choice.recompute if isinstance(choice.recompute, str) else list(choice.recompute),
         "balance": list(plan.balance),
     }
@@ -177,6 +175,7 @@ def _setting(job: Job, recipe: Recipe, profile: Profile) -> Setting:
         batch_size=cfg.batch_size,
         devices=tuple(devices),
         link=profile.link,
+        sums=profile.sums,
         selected=tuple(is_recomputed(cfg, SELECTIVE, layer.name) for layer in recipe.layers),
         engine_s=profile.engine_s,
         process_bytes=profile.process_bytes,
@@ -218,6 +217,7 @@ def _prediction(
 ) -> Prediction:
     """For the plan of the run, and to be compared with what is measured."""
     best = ranked[0]
+    own = setting.of_one(best.choice.replicas)
     return Prediction(
         step_s=best.step_s,
         bubble_fraction=best.bubble_fraction,
@@ -233,12 +233,12 @@ def _prediction(
         process_bytes=setting.process_bytes,
         device_bytes=list(best.rank_bytes),
         accounts=dataclasses.asdict(
-            account(schedule_of(setting, best.choice, best.balance), [stage.cost for stage in best.stages], best.step_s)
+            account(schedule_of(own, best.choice, best.balance), [stage.cost for stage in best.stages], best.step_s)
         ),
         samples_per_s=job.cfg.batch_size / best.step_s,
         tokens_per_s=_tokens(job) / best.step_s if _tokens(job) else None,
         warnings=[
-            *warnings_of(setting, best, [layer.name for layer in recipe.layers]),
+            *warnings_of(own, best, [layer.name for layer in recipe.layers]),
             *_slower_than_auto(setting, best),
             *_crowded(job),
         ],

@@ -19,6 +19,7 @@ class Profile:
         about: what it depends on: the layers, the shapes, the devices, the versions, see `planning.profiles.about_of`.
         memory_bytes: of each device, by what it is called.
         slowness: of each kind of device, where the first one has 1.
+        sums: adding up a message of two ranks.
         engine_s: what every action takes beside its layers.
         crowding: threads for each core while it was measured, at least 1.
         disturbed: whether other processes took a good part of the cores meanwhile.
@@ -30,6 +31,7 @@ class Profile:
     memory_bytes: Mapping[str, float]
     slowness: Mapping[str, float]
     link: Link
+    sums: Link
     engine_s: float
     crowding: float
     disturbed: bool
@@ -52,6 +54,7 @@ class Profile:
             memory_bytes=raw["memory_bytes"],
             slowness=raw["slowness"],
             link=Link(**raw["link"]),
+            sums=Link(**raw["sums"]),
             engine_s=raw["engine_s"],
             crowding=raw["crowding"],
             disturbed=raw["disturbed"],

@@ -116,6 +116,7 @@ def _check_ranges(cfg: Config, problems: list[str]) -> None:
     numbers: list[tuple[str, Any, tuple[str | None, ...]]] = [
         ("micro_batches", cfg.micro_batches, (None, AUTO)),
         ("partitions", cfg.partitions, (None, AUTO)),
+        ("data_parallel", cfg.data_parallel, (AUTO,)),
         ("threads", cfg.threads, (AUTO,)),
     ]
     for key, value, others in numbers:

@@ -2,9 +2,10 @@
 
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipetrain.config import AUTO, BALANCES, AnythingConfig, Config
-from pipetrain.derived import is_number, num_microbatches, num_stages, wanted_ranks
+from pipetrain.derived import is_number, num_microbatches, num_replicas, num_stages, replica_microbatches, wanted_ranks
 from pipetrain.devices import parse_devices
 from pipetrain.errors import ConfigError, ScheduleError
 from pipetrain.rules.stale import check_stale
@@ -29,13 +30,17 @@ def check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems:
         problems.append(str(error))
         check_stale(cfg, 0, problems)
     else:
-        check_stale(cfg, len(devices), problems)
+        ranks = _check_replicas(cfg, len(devices), problems)
+        check_stale(cfg, ranks, problems)
         if world_size is not None and cfg.devices not in ("auto", "cpu"):
             problems.append(
                 f"devices={cfg.devices}, but torchrun started {world_size} processes and chooses the devices; "
                 "leave devices out, or use devices=auto where a file sets it"
             )
-        _check_stages(cfg, len(devices), problems)
+        if cfg.data_parallel == AUTO:
+            problems += _problems_of_all(cfg, len(devices))
+        elif ranks:
+            _check_stages(cfg, ranks, problems)
     if isinstance(cfg.balance, list):
         bad = [n for n in cfg.balance if isinstance(n, bool) or not isinstance(n, int) or n < 1]
         if bad or not cfg.balance:
@@ -53,6 +58,40 @@ def check_pipeline(cfg: Config, num_gpus: int, world_size: int | None, problems:
             f"micro_batches={cfg.micro_batches} is more than batch_size={cfg.batch_size}: a micro-batch needs at least "
             f"one sample; use micro_batches={cfg.batch_size} or a larger batch_size"
         )
+
+
+def _problems_of_all(cfg: Config, num_devices: int) -> list[str]:
+    """What is wrong whatever the number of replicas; nothing if one of them is right."""
+    found: list[list[str]] = []
+    for replicas in (n for n in range(1, num_devices + 1) if num_devices % n == 0):
+        found.append([])
+        _check_stages(replace(cfg, data_parallel=replicas), num_devices // replicas, found[-1])
+    return min(found, key=len)
+
+
+def _check_replicas(cfg: Config, num_devices: int, problems: list[str]) -> int:
+    """Returns the ranks of each pipeline; 0 if that makes no sense."""
+    replicas, given = num_replicas(cfg), f"data_parallel={cfg.data_parallel}"
+    if replicas < 1:
+        return 0
+    if cfg.data_parallel != 1 and cfg.action == "check":
+        problems.append(
+            f"action=check compares sums to the last bit, but {given} adds them up in another order; leave "
+            "data_parallel out"
+        )
+    if replicas > max(1, cfg.batch_size):
+        problems.append(f"{given} is more than batch_size={cfg.batch_size} samples to share; use a larger batch_size")
+    elif is_number(cfg.micro_batches) and cfg.micro_batches % replicas:
+        near = max(1, round(cfg.micro_batches / replicas)) * replicas
+        problems.append(
+            f"micro_batches={cfg.micro_batches}, of the whole mini-batch, cannot be shared evenly by {given} replicas; "
+            f"use micro_batches={near}"
+        )
+    if num_devices % replicas:
+        near = max(1, round(num_devices / replicas)) * replicas
+        problems.append(f"{num_devices} devices cannot be shared evenly by {given} replicas; use devices={near}")
+        return 0
+    return num_devices // replicas
 
 
 def _check_stages(cfg: Config, num_ranks: int, problems: list[str]) -> None:
@@ -125,15 +164,15 @@ def _file_problem(cfg: Config, num_ranks: int) -> str | None:
         )
     if cfg.partitions not in (None, AUTO, schedule.num_stages):
         return f"partitions={cfg.partitions}, but schedule={cfg.schedule} has {schedule.num_stages} stages"
-    if num_microbatches(cfg) != schedule.num_microbatches:
+    if replica_microbatches(cfg) != schedule.num_microbatches:
         return (
-            f"micro_batches={cfg.micro_batches}, but schedule={cfg.schedule} has {schedule.num_microbatches}; leave "
-            "micro_batches out"
+            f"micro_batches={cfg.micro_batches}, but schedule={cfg.schedule} has {schedule.num_microbatches}"
+            f"{' in each replica' if num_replicas(cfg) > 1 else ''}; leave micro_batches out"
         )
-    if schedule.num_microbatches > cfg.batch_size:
+    if num_microbatches(cfg) > cfg.batch_size:
         return (
-            f"schedule={cfg.schedule} has {schedule.num_microbatches} micro-batches, more than "
-            f"batch_size={cfg.batch_size} samples; use batch_size={schedule.num_microbatches} or more"
+            f"schedule={cfg.schedule} has {num_microbatches(cfg)} micro-batches, more than "
+            f"batch_size={cfg.batch_size} samples; use batch_size={num_microbatches(cfg)} or more"
         )
     try:
         build(cfg.schedule, num_ranks, schedule.num_microbatches, recompute="never")

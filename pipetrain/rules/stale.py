@@ -3,7 +3,7 @@
 import math
 
 from pipetrain.config import AUTO, AmoebaNetConfig, Config, SgdConfig, TransformerConfig, TransformerXLConfig
-from pipetrain.derived import ONE_MICRO_BATCH, num_microbatches, stale_family
+from pipetrain.derived import ONE_MICRO_BATCH, num_microbatches, num_replicas, stale_family
 from pipetrain.rules.words import shown
 from pipetrain.schedule import ALWAYS, NEVER
 from pipetrain.schedule.stale import CURRENT, REPLAY, TIED, WEIGHTS
@@ -71,21 +71,27 @@ def tied_apart(what: str, schedule: str, remedy: str) -> str:
 
 
 def _check_micro_batches(cfg: Config, name: str, num_ranks: int, problems: list[str]) -> None:
-    number = num_microbatches(cfg)
+    number, replicas = num_microbatches(cfg), num_replicas(cfg)
+    if cfg.data_parallel == AUTO:
+        problems.append(
+            f"data_parallel=auto: under {name} the devices of a pipeline decide how stale gradients are, so it is not "
+            "the planner's to choose; type a number"
+        )
     if cfg.micro_batches == AUTO:
         problems.append(
             f"micro_batches=auto: under {name} they decide how stale gradients are, so they are not the planner's to "
             "choose; type a number, or leave micro_batches out"
         )
-    elif cfg.schedule in ONE_MICRO_BATCH and number != 1:
+    elif cfg.schedule in ONE_MICRO_BATCH and number != replicas:
+        whole = "the whole mini-batch" if replicas == 1 else f"the mini-batch of one of the {replicas} replicas"
         problems.append(
-            f"micro_batches={number}: {name} updates after every micro-batch, which is the whole mini-batch; leave "
+            f"micro_batches={number}: {name} updates after every micro-batch, which is {whole}; leave "
             "micro_batches out, or use schedule=bounded, which updates after so many"
         )
-    elif cfg.schedule == "pipedream_2bw" and number < num_ranks:
+    elif cfg.schedule == "pipedream_2bw" and number < num_ranks * replicas:
         problems.append(
-            f"micro_batches={number}: {name} needs at least one for each of the {num_ranks} devices; use "
-            f"micro_batches={num_ranks} and a batch_size of at least that"
+            f"micro_batches={number}: {name} needs at least one for each of the {num_ranks * replicas} devices; use "
+            f"micro_batches={num_ranks * replicas} and a batch_size of at least that"
         )
 
 

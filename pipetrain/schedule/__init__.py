@@ -6,11 +6,21 @@ from functools import partial
 from pathlib import Path
 
 from pipetrain.errors import ScheduleError
-from pipetrain.schedule.action import INPUT_GRADIENTS, MESSAGES, WEIGHT_GRADIENTS, Action, Kind, Schedule, Skips
+from pipetrain.schedule.action import (
+    COMMUNICATION,
+    INPUT_GRADIENTS,
+    MESSAGES,
+    WEIGHT_GRADIENTS,
+    Action,
+    Kind,
+    Schedule,
+    Skips,
+)
 from pipetrain.schedule.csv_file import read_csv, write_csv
 from pipetrain.schedule.dataflow import BATCH, Dataflow, Take
 from pipetrain.schedule.messages import add_messages
 from pipetrain.schedule.recompute import ALWAYS, EXCEPT_LAST, NEVER, POLICIES, SELECTIVE, add_recompute
+from pipetrain.schedule.reductions import add_reductions
 from pipetrain.schedule.show import grid
 from pipetrain.schedule.stale import bounded, ouroboros, pipedream, pipedream_2bw
 from pipetrain.schedule.staleness import joint_updates, staleness, versions
@@ -143,18 +153,21 @@ def build(
     stages_per_rank: int | None = None,
     recompute: str | Sequence[str],
     skips: Skips = NO_SKIPS,
+    reduces: bool = False,
 ) -> Schedule:
     """A training schedule with everything in it, verified.
 
     Args:
         stages_per_rank: None is what is usual for the schedule.
         recompute: a policy of `add_recompute` for all stages, or one for each.
+        reduces: whether gradients are added up over replicas.
 
     Raises:
         ScheduleError: if the schedule is not sound.
     """
     usual = 1 if is_file(name) else SCHEDULES[name].usual
-    return _complete(generate(name, num_ranks, num_microbatches, stages_per_rank or usual), recompute, skips)
+    compute = generate(name, num_ranks, num_microbatches, stages_per_rank or usual)
+    return _complete(compute, recompute, skips, reduces=reduces)
 
 
 def build_stale(
@@ -165,22 +178,25 @@ def build_stale(
     *,
     recompute: str | Sequence[str],
     skips: Skips = NO_SKIPS,
+    reduces: bool = False,
 ) -> Schedule:
     """The schedule of a segment with everything in it, verified.
 
     Args:
         num_steps: mini-batches of the segment.
+        reduces: whether gradients are added up over replicas.
 
     Raises:
         ScheduleError: if the schedule is not sound.
     """
-    return _complete(family.generate(num_ranks, num_microbatches, num_steps), recompute, skips)
+    return _complete(family.generate(num_ranks, num_microbatches, num_steps), recompute, skips, reduces=reduces)
 
 
-def _complete(compute: Schedule, recompute: str | Sequence[str], skips: Skips) -> Schedule:
+def _complete(compute: Schedule, recompute: str | Sequence[str], skips: Skips, *, reduces: bool) -> Schedule:
     compute = replace(compute, skips=skips)
     policies = [recompute] * compute.num_stages if isinstance(recompute, str) else recompute
-    return verify_messages(add_messages(verify_compute(add_recompute(compute, policies))))
+    complete = add_messages(verify_compute(add_recompute(compute, policies)))
+    return verify_messages(add_reductions(complete) if reduces else complete)
 
 
 def build_forward_only(placement: tuple[int, ...], num_microbatches: int, skips: Skips = NO_SKIPS) -> Schedule:
@@ -196,6 +212,7 @@ def forward_only_like(schedule: Schedule, num_microbatches: int) -> Schedule:
 __all__ = [
     "ALWAYS",
     "BATCH",
+    "COMMUNICATION",
     "EXCEPT_LAST",
     "INPUT_GRADIENTS",
     "LOCKED",

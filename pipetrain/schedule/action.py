@@ -10,6 +10,7 @@ M = number of micro-batches. Stages, micro-batches, ranks and steps count from 0
     I        the half of B that gives the input's gradient     2I0
     W        the half of B that gives the weights' gradients   2W0
     U        optimizer update of one stage                     2U
+    REDUCE   add up its gradients over all replicas            2REDUCE
     SEND_F   hand the output of F to the next stage            2SEND_F0
     RECV_F   post the receive of the previous stage's output   2RECV_F0
     SEND_B   hand the gradient of B or I to the previous stage 2SEND_B0
@@ -18,9 +19,9 @@ M = number of micro-batches. Stages, micro-batches, ranks and steps count from 0
 A message between stages that are not neighbours (a skip) names the other one: 0>2SEND_F0 and 2<0RECV_F0. Where a
 schedule has several mini-batches, all but the first one are named: 2F0@1, 2U@1.
 
-A generator (`synchronous`, `zero_bubble`) or a file (`csv_file`) gives compute actions only; the passes in `recompute`
-and `messages` add the rest. The same object is then verified, simulated, drawn and executed: an order is never written
-down twice.
+A generator (`synchronous`, `zero_bubble`) or a file (`csv_file`) gives compute actions only; the passes in `recompute`,
+`messages` and `reductions` add the rest. The same object is then verified, simulated, drawn and executed: an order is
+never written down twice.
 """
 
 import functools
@@ -43,6 +44,7 @@ class Kind(Enum):
     BACKWARD_INPUT = "I"
     BACKWARD_WEIGHT = "W"
     UPDATE = "U"
+    REDUCE = "REDUCE"
     SEND_FORWARD = "SEND_F"
     RECEIVE_FORWARD = "RECV_F"
     SEND_BACKWARD = "SEND_B"
@@ -56,18 +58,20 @@ class Kind(Enum):
 _NEIGHBOUR = {Kind.SEND_FORWARD: +1, Kind.RECEIVE_FORWARD: -1, Kind.SEND_BACKWARD: -1, Kind.RECEIVE_BACKWARD: +1}
 MESSAGES = frozenset(_NEIGHBOUR)
 SENDS = frozenset({Kind.SEND_FORWARD, Kind.SEND_BACKWARD})
+COMMUNICATION = MESSAGES | {Kind.REDUCE}
+OF_MINI_BATCH = frozenset({Kind.UPDATE, Kind.REDUCE})  # of no micro-batch by itself
 
 # What a stage hands its input's gradient on with, and what adds to its weights' gradients: a B is both.
 INPUT_GRADIENTS = frozenset({Kind.BACKWARD, Kind.BACKWARD_INPUT})
 WEIGHT_GRADIENTS = frozenset({Kind.BACKWARD, Kind.BACKWARD_WEIGHT})
 
-_TEXT = re.compile(r"(\d+)(?:[<>](\d+))?(SEND_F|RECV_F|SEND_B|RECV_B|F|R|B|I|W|U)(\d*)(?:@(\d+))?")
+_TEXT = re.compile(r"(\d+)(?:[<>](\d+))?(SEND_F|RECV_F|SEND_B|RECV_B|REDUCE|F|R|B|I|W|U)(\d*)(?:@(\d+))?")
 
 
 class Action(NamedTuple):
     """One piece of work of one stage. (A named tuple: schedules have many, and sets of them must be quick.)
 
-    `microbatch` is -1 for an update, which belongs to the whole mini-batch. `step` counts the
+    `microbatch` is -1 for an update or a reduction, which belong to the whole mini-batch. `step` counts the
     mini-batches inside one schedule: always 0 where a step ends with a flush. `skips_to` is the stage at the other end
     of a message, None where that is the neighbour; `message` sets it.
     """
@@ -101,7 +105,8 @@ class Action(NamedTuple):
             ScheduleError: if the text is no action.
         """
         match = _TEXT.fullmatch(text.strip())
-        if match is None or (match[3] == "U") != (match[4] == "") or (match[2] and "_" not in match[3]):
+        is_wrong = match is None or (Kind(match[3]) in OF_MINI_BATCH) != (match[4] == "")
+        if match is None or is_wrong or (match[2] and "_" not in match[3]):
             raise ScheduleError(
                 f"{text!r} is no action; expected <stage><kind><micro-batch>, such as 2F0, 1SEND_F3 or 2U"
             )
@@ -167,8 +172,8 @@ class Schedule:
         return replace(self, actions=actions)
 
     def compute(self) -> "Schedule":
-        """The schedule without its messages."""
-        return self.with_actions(tuple(tuple(a for a in row if a.kind not in MESSAGES) for row in self.actions))
+        """The schedule without its communication."""
+        return self.with_actions(tuple(tuple(a for a in row if a.kind not in COMMUNICATION) for row in self.actions))
 
     def sources(self, kind: Kind, stage: int) -> list[int]:
         """The stages that a forward or backward of `stage` gets messages from, neighbour first."""

@@ -13,10 +13,10 @@ import io
 import re
 
 from pipetrain.errors import ScheduleError
-from pipetrain.schedule.action import MESSAGES, WEIGHT_GRADIENTS, Action, Kind, Schedule
+from pipetrain.schedule.action import COMMUNICATION, WEIGHT_GRADIENTS, Action, Kind, Schedule
 
 _OF_TORCH = re.compile(r"\d+(UNSHARD|RESHARD|REDUCE_GRAD)")
-_PASSED_OVER = MESSAGES | {Kind.UPDATE}
+_PASSED_OVER = COMMUNICATION | {Kind.UPDATE}
 
 
 def read_csv(name: str, text: str) -> Schedule:

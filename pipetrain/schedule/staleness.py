@@ -7,7 +7,7 @@ makes a later one. What lies between is the staleness: 0 in a synchronous schedu
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from pipetrain.schedule.action import MESSAGES, Action, Kind, Schedule
+from pipetrain.schedule.action import COMMUNICATION, Action, Kind, Schedule
 
 
 def versions(schedule: Schedule) -> dict[Action, int]:
@@ -36,7 +36,7 @@ def staleness(schedule: Schedule) -> list[list[int]]:
 
 def joint_updates(actions: Sequence[Action]) -> Iterator[tuple[Action, ...]]:
     """The updates of one rank; those that stand next to each other are one step of its optimizer."""
-    compute = (action for action in actions if action.kind not in MESSAGES)
+    compute = (action for action in actions if action.kind not in COMMUNICATION)
     for is_update, some in groupby(compute, lambda action: action.kind is Kind.UPDATE):
         if is_update:
             yield tuple(some)

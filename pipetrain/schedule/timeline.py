@@ -48,9 +48,8 @@ class Dependencies:
         self._last_stage = schedule.num_stages - 1
         self._everything = set(schedule)
         self._waits = schedule.waits
-        # A rank's last gradient stands for all that it has: actions of one rank keep their order.
-        lasts = ([a for a in row if a.kind in WEIGHT_GRADIENTS][-1:] for row in schedule.actions)
-        self._last_gradients = [action for last in lasts for action in last]
+        self._last_gradient = {(a.stage, a.step): a for a in schedule if a.kind in WEIGHT_GRADIENTS}
+        self._last_gradients = list(self._last_gradient.values())
 
     def of(self, action: Action) -> list[Action]:
         """The compute actions, of whichever rank, that must have ended before `action` can start."""
@@ -65,8 +64,8 @@ class Dependencies:
             return [own, self._input_gradient(s + 1, m, step)] if s < self._last_stage else [own]
         if action.kind is Kind.BACKWARD_WEIGHT:
             return [Action(Kind.BACKWARD_INPUT, s, m, step)]
-        # A synchronous update waits for all gradients, since their norm is global; another stands behind its own.
-        return self._last_gradients if self._waits else []
+        # A synchronous update waits for all gradients, since their norm is global; another for its own.
+        return self._last_gradients if self._waits else [self._last_gradient[s, step]]
 
     def _input_gradient(self, s: int, m: int, step: int) -> Action:
         half = Action(Kind.BACKWARD_INPUT, s, m, step)
@@ -83,7 +82,8 @@ def timeline(
     Args:
         schedule: with or without messages; only its compute actions count.
         duration: seconds (or any unit) of an action.
-        delay: seconds between the end of a producer and the moment at which its consumer has the result.
+        delay: seconds between the end of a producer and the moment at which its consumer has the result, where these
+            are on two stages or the consumer is an update.
 
     Returns:
         One span for each compute action, sorted by end, then start; actions of one rank stay in their order.
@@ -128,8 +128,8 @@ def _ready_at(
     for producer in producers:
         if producer not in ended:
             return None
-        between_stages = producer.stage != consumer.stage and consumer.kind is not Kind.UPDATE
-        ready = max(ready, ended[producer] + (delay(producer, consumer) if between_stages else 0.0))
+        is_immediate = producer.stage == consumer.stage and consumer.kind is not Kind.UPDATE
+        ready = max(ready, ended[producer] + (0.0 if is_immediate else delay(producer, consumer)))
     return ready
 
 

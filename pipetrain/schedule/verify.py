@@ -3,15 +3,24 @@
 Checked: every action is once on the rank of its stage; every micro-batch goes forward once through every stage and, in
 a training schedule, back once, whole or in two halves; a recompute stands between its forward and its backward; all
 stages add up their gradients in one order of micro-batches (so weights do not depend on the cut); each stage updates
-once for each mini-batch, in their order and after its last gradient; messages come in pairs; and nothing ever waits for
-ever, even if every send and receive blocked until its partner is there.
+once for each mini-batch, in their order and after its last gradient; where gradients are reduced, each stage's are,
+once, between those two; messages come in pairs; and nothing ever waits for ever, even if every send and receive blocked
+until its partner is there.
 """
 
 import itertools
 from collections import Counter
 
 from pipetrain.errors import ScheduleError
-from pipetrain.schedule.action import INPUT_GRADIENTS, MESSAGES, WEIGHT_GRADIENTS, Action, Kind, Schedule
+from pipetrain.schedule.action import (
+    INPUT_GRADIENTS,
+    MESSAGES,
+    OF_MINI_BATCH,
+    WEIGHT_GRADIENTS,
+    Action,
+    Kind,
+    Schedule,
+)
 from pipetrain.schedule.show import mark
 from pipetrain.schedule.timeline import Dependencies
 
@@ -41,6 +50,7 @@ def verify(schedule: Schedule) -> Schedule:
 def verify_messages(schedule: Schedule) -> Schedule:
     """As `verify`, for a schedule whose compute is known to be sound."""
     _check_pairs(schedule)
+    _check_reductions(schedule)
     _check_progress(schedule, with_messages=True)
     return schedule
 
@@ -76,7 +86,7 @@ def _check_places(schedule: Schedule) -> None:
         for action in row:
             if not 0 <= action.stage < schedule.num_stages or schedule.placement[action.stage] != rank:
                 raise _fail(schedule, f"{action} stands on rank {rank}, where its stage does not live", action)
-            if action.kind is not Kind.UPDATE and not 0 <= action.microbatch < schedule.num_microbatches:
+            if action.kind not in OF_MINI_BATCH and not 0 <= action.microbatch < schedule.num_microbatches:
                 raise _fail(schedule, f"{action} names none of the {schedule.num_microbatches} micro-batches", action)
             if not 0 <= action.step < schedule.num_steps:
                 raise _fail(schedule, f"{action} names none of the {schedule.num_steps} mini-batches", action)
@@ -161,6 +171,25 @@ def _partner(action: Action) -> Action:
     return Action.message(_PARTNER[action.kind], action.peer, action.stage, action.microbatch, action.step)
 
 
+def _check_reductions(schedule: Schedule) -> None:
+    if not any(action.kind is Kind.REDUCE for action in schedule):
+        return
+    for row in schedule.actions:
+        place = {action: number for number, action in enumerate(row)}
+        if len(place) < len(row):
+            twice = next(action for action in row if row.count(action) > 1)
+            raise _fail(schedule, f"{twice} stands {row.count(twice)} times", twice)
+        updates = [action for action in row if action.kind is Kind.UPDATE]
+        for gradient in (action for action in row if action.kind in WEIGHT_GRADIENTS):
+            reduction = Action(Kind.REDUCE, gradient.stage, step=gradient.step)
+            if reduction not in place:
+                raise _fail(schedule, f"{reduction} is missing", gradient)
+            # The first of a rank's stages to update does it for all where ranks wait for each other.
+            update = updates[0] if schedule.waits else reduction._replace(kind=Kind.UPDATE)
+            if not place[gradient] < place[reduction] < place[update]:
+                raise _fail(schedule, f"{reduction} must stand between {gradient} and {update}", reduction)
+
+
 def _check_progress(schedule: Schedule, *, with_messages: bool) -> None:
     """Runs the lists with blocking messages: the strictest reading, which every transport is at least as free as."""
     rows = schedule.actions if with_messages else schedule.compute().actions
@@ -176,6 +205,8 @@ def _check_progress(schedule: Schedule, *, with_messages: bool) -> None:
             partner = _partner(action)
             is_met = partner in done or head(schedule.placement[partner.stage]) == partner
             return is_met and _is_produced(action, done)
+        if action.kind is Kind.REDUCE:  # with other replicas, which are as far as this one
+            return True
         if not done.issuperset(dependencies.of(action)):
             return False
         return not with_messages or done.issuperset(_receives_for(schedule, action))

@@ -18,7 +18,8 @@ class Accounts:
         bubble_s: what ranks would wait in that step even so, with messages that take no time.
         update_s: of the optimizer, on the rank on which it takes longest.
         data_s: until the mini-batch is there, likewise.
-        communication_s: what is left: messages, the meeting before the update, and whatever else keeps ranks waiting.
+        communication_s: what is left: messages, gradients on their way to other replicas, the meeting before the
+            update, and whatever else keeps ranks waiting.
     """
 
     forward_s: float
@@ -58,7 +59,7 @@ def account(schedule: Schedule, costs: Sequence[StageCost], step_s: float, data_
         backward_weight_s=weight_s / number.get(Kind.BACKWARD_WEIGHT, 1),
         recompute_s=recompute_s / number.get(Kind.RECOMPUTE, 1),
     )
-    own_s = _makespan_s(schedule, [replace(cost, update_s=0.0) for cost in costs])
+    own_s = _makespan_s(schedule, [replace(cost, update_s=0.0, reduce_s=0.0) for cost in costs])
     equal_s = _makespan_s(schedule, [equal] * schedule.num_stages)
     update_s = max(sum(costs[stage].update_s for stage in schedule.stages_of(r)) for r in range(schedule.num_ranks))
     ranks = schedule.num_ranks

@@ -166,7 +166,8 @@ def _estimate_s(setting: Setting, model: ModelCost, choice: Choice, balance: Seq
     which the steps of a stale schedule share.
 
     That way is a (K - 1) / K of a micro-batch's through the whole model, a V-th of it where a rank has V stages, and a
-    third of that where backwards are split (where forwards and halves take as long).
+    third of that where backwards are split (where forwards and halves take as long). The gradients of the stage with
+    most parameters go to the other replicas behind that.
     """
     num_ranks, each = len(setting.devices), choice.stages_per_rank
     schedule = compute_of(setting, choice)
@@ -181,7 +182,13 @@ def _estimate_s(setting: Setting, model: ModelCost, choice: Choice, balance: Seq
     through_s = sum(layer.forward_s + layer.backward_s for layer in model.layers) * slowest
     between_s = setting.link.latency_s + setting.engine_s
     way_s = (through_s + 2 * len(balance) * between_s) * (num_ranks - 1) / num_ranks / each
-    return choice.num_microbatches * max(busy_s) + way_s / (3 if schedule.is_split else choice.num_steps)
+    ends = list(accumulate(balance))
+    reduce_s = max(
+        setting.reduce_s(number, sum(layer.parameter_bytes for layer in model.layers[end - number : end]))
+        for end, number in zip(ends, balance, strict=True)
+    )
+    busiest_s = choice.num_microbatches * max(busy_s)
+    return busiest_s + way_s / (3 if schedule.is_split else choice.num_steps) + reduce_s
 
 
 def _all_turn_round(schedule: Schedule) -> bool:

@@ -12,6 +12,7 @@ from pipetrain.sim.cut import Cut
 from pipetrain.sim.memory import Memory, memory
 from pipetrain.sim.simulate import simulate
 
+_NO_WAY = Link()
 AUTO, EVEN, LEAST_VARIANCE = "auto", "even", "least_variance"
 
 
@@ -20,9 +21,11 @@ class Choice:
     """One way to train.
 
     Attributes:
+        num_microbatches: of each replica.
         recompute: a policy for all stages, or one for each.
         num_steps: mini-batches between two drains, under a stale schedule.
         balance: layers of each stage, or how to find them: auto, even, least_variance.
+        replicas: pipelines that share each mini-batch.
     """
 
     schedule: str
@@ -31,6 +34,7 @@ class Choice:
     recompute: str | tuple[str, ...]
     balance: str | tuple[int, ...] = AUTO
     num_steps: int = 1
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,15 @@ class Setting:
 
     Attributes:
         model: the costs of all layers for micro-batches of so many samples.
+        batch_size: samples of a mini-batch.
         devices: one for each rank.
         selected: for each layer, whether recompute=selective runs it again.
         engine_s: what every action takes beside its layers; it counts as waiting.
         process_bytes: what a rank holds before it has built its stage.
         stashes: whether stale schedules keep the weights of forwards for their backwards.
         locked: whether ouroboros has its shared matrix locked.
+        replicas: of which this is one; see `of_one`.
+        sums: what it takes to add up a message of two ranks.
     """
 
     model: Callable[[int], ModelCost]
@@ -89,6 +96,23 @@ class Setting:
     process_bytes: int = 0
     stashes: bool = True
     locked: bool = False
+    replicas: int = 1
+    sums: Link = _NO_WAY
+
+    def of_one(self, replicas: int) -> "Setting":
+        """That of one of so many replicas, the one with the slowest devices and the largest share of the samples."""
+        length = len(self.devices) // replicas
+        same_place = [self.devices[place::length] for place in range(length)]
+        devices = (
+            Device(same[0].name, min(each.memory_bytes for each in same), max(each.slowness for each in same))
+            for same in same_place
+        )
+        return replace(self, devices=tuple(devices), batch_size=-(-self.batch_size // replicas), replicas=replicas)
+
+    def reduce_s(self, num_layers: int, num_bytes: int) -> float:
+        """What it takes to add up the gradients of a stage over the replicas, in a ring, a message for each layer."""
+        others = self.replicas - 1
+        return others * (num_layers * self.sums.latency_s + 2 / self.replicas * num_bytes / self.sums.bytes_per_s)
 
     def model_of(self, num_microbatches: int) -> ModelCost:
         """Bytes of the largest of so many micro-batches, and their seconds on average."""
@@ -107,6 +131,11 @@ def sizes_of(batch_size: int, num_microbatches: int) -> list[int]:
     return [least + 1, least] if left else [least]
 
 
+def samples_of(batch_size: int, choice: Choice) -> list[int]:
+    """Those in the micro-batches of a choice."""
+    return sizes_of(-(-batch_size // choice.replicas), choice.num_microbatches)
+
+
 def _mean(large: LayerCost, small: LayerCost, share: float) -> LayerCost:
     seconds = {
         name: share * getattr(large, name) + (1 - share) * getattr(small, name)
@@ -116,17 +145,27 @@ def _mean(large: LayerCost, small: LayerCost, share: float) -> LayerCost:
 
 
 def forecast(setting: Setting, choice: Choice, balance: tuple[int, ...]) -> Forecast:
-    """Simulates one step, or the steps between two drains, and walks through the memory."""
+    """Simulates one step, or the steps between two drains, and walks through the memory.
+
+    Args:
+        setting: of one of the choice's replicas.
+    """
     schedule = schedule_of(setting, choice, balance)
     cut = _cut(setting, choice, balance)
     homes = [setting.devices[rank] for rank in schedule.placement]
-    costs = cut.costs(split=schedule.is_split, slowness=[home.slowness for home in homes])
+    sizes = cut.bytes()
+    costs = [
+        replace(cost, reduce_s=setting.reduce_s(num_layers, size.parameters))
+        for cost, num_layers, size in zip(
+            cut.costs(split=schedule.is_split, slowness=[home.slowness for home in homes]), balance, sizes, strict=True
+        )
+    ]
     spans = simulate(schedule, [_in_engine(cost, setting.engine_s) for cost in costs], setting.link)
     busy_s = [0.0] * schedule.num_ranks
     for span in spans:
         own_s = 0.0 if span.action.kind is Kind.UPDATE else setting.engine_s
         busy_s[schedule.placement[span.action.stage]] += span.seconds - own_s
-    used = memory(schedule, cut.bytes(), stashes=setting.stashes)
+    used = memory(schedule, sizes, stashes=setting.stashes)
     needs = _rank_bytes(setting, schedule, used)
     step_s = max(span.end_s for span in spans) / schedule.num_steps
     busy_s = [seconds / schedule.num_steps for seconds in busy_s]

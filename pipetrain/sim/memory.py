@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import astuple, dataclass
 
-from pipetrain.schedule import INPUT_GRADIENTS, MESSAGES, WEIGHT_GRADIENTS, Action, Kind, Schedule
+from pipetrain.schedule import COMMUNICATION, INPUT_GRADIENTS, WEIGHT_GRADIENTS, Action, Kind, Schedule
 from pipetrain.sim.cut import StageBytes
 
 
@@ -53,7 +53,7 @@ def memory(schedule: Schedule, stages: Sequence[StageBytes], *, stashes: bool = 
         }
         fullest = -1
         for action in schedule.actions[rank]:
-            if action.kind in MESSAGES:
+            if action.kind in COMMUNICATION:
                 continue
             own[action.stage].begin(action)
             total = 0

@@ -1,4 +1,5 @@
-"""Looks for the best way to train a model on some devices: schedule, micro-batches, recompute and balance together.
+"""Looks for the best way to train a model on some devices: replicas, schedule, micro-batches, recompute and balance
+together.
 
 Every combination that is allowed gets its best balance (`optimum`) and an estimate by closed form; the most promising
 ones are then simulated, action by action, and walked through for their memory. What is said of a plan is always what
@@ -8,6 +9,7 @@ the simulator and the memory model say of its schedule, never the estimate.
 from collections.abc import Sequence
 from itertools import permutations
 
+from pipetrain.errors import ConfigError
 from pipetrain.garbage import no_garbage_collection
 from pipetrain.sim.balance import even
 from pipetrain.sim.draft import Draft, drafts
@@ -30,18 +32,39 @@ def plans(setting: Setting, choices: Sequence[Choice]) -> list[Forecast]:
         ConfigError: if no choice can be cut into stages.
         FitsNowhere: if none fits the memory of the devices.
     """
+    of_replicas: dict[int, list[Choice]] = {}
+    for choice in choices:
+        of_replicas.setdefault(choice.replicas, []).append(choice)
+    found: list[Forecast] = []
+    problems: list[ConfigError] = []
+    with no_garbage_collection():
+        for replicas, some in of_replicas.items():
+            try:
+                found += _of_one(setting.of_one(replicas), some, share=1 / len(of_replicas))
+            except ConfigError as error:
+                problems.append(error)
+    if not found:
+        raise problems[0]
+    if not any(each.fits for each in found):
+        fewest = min(each.choice.replicas for each in found)  # and so the most devices for a model
+        raise does_not_fit(setting.of_one(fewest), of_replicas[fewest], sum(found[0].balance))
+    return sorted(found, key=lambda each: (*_order(each), max(each.rank_bytes)))
+
+
+def _of_one(setting: Setting, choices: Sequence[Choice], share: float) -> list[Forecast]:
+    """
+    Args:
+        setting: of one of the choices' replicas.
+        share: of all that may be simulated.
+    """
     found: list[Forecast] = []
     actions = 0
-    with no_garbage_collection():
-        for draft in _promising(drafts(setting, choices)):
-            actions += _actions(draft.choice, len(draft.balance))
-            if found and actions > _MOST_ACTIONS:
-                break
-            found.append(forecast(setting, draft.choice, draft.balance))
-        found = _all_improved(setting, found)
-    if not any(each.fits for each in found):
-        raise does_not_fit(setting, choices, sum(found[0].balance))
-    return sorted(found, key=lambda each: (*_order(each), max(each.rank_bytes)))
+    for draft in _promising(drafts(setting, choices)):
+        actions += _actions(draft.choice, len(draft.balance))
+        if found and actions > share * _MOST_ACTIONS:
+            break
+        found.append(forecast(setting, draft.choice, draft.balance))
+    return _all_improved(setting, found, int(share * _MOST_CLIMBED))
 
 
 def _promising(ordered: Sequence[Draft]) -> list[Draft]:
@@ -57,11 +80,15 @@ def _promising(ordered: Sequence[Draft]) -> list[Draft]:
     return [*first, *others[:_MOST_SIMULATED]]
 
 
-def _all_improved(setting: Setting, found: Sequence[Forecast]) -> list[Forecast]:
+def _all_improved(setting: Setting, found: Sequence[Forecast], left: int) -> list[Forecast]:
     """Where a rank has several stages, the slowest stage is not what counts: layers change stages for as long as steps
-    become shorter. The most promising plans come first, for as long as that may take."""
+    become shorter. The most promising plans come first.
+
+    Args:
+        left: the actions that may be simulated for it.
+    """
     ordered = sorted(found, key=_order)
-    best, left, improved = ordered[0], _MOST_CLIMBED, list[Forecast]()
+    best, improved = ordered[0], list[Forecast]()
     for each in ordered:
         choice = each.choice
         is_in_reach = not best.fits or each.step_s <= _IN_REACH * best.step_s

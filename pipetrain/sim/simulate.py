@@ -46,6 +46,8 @@ def simulate(schedule: Schedule, costs: Sequence[StageCost], link: Link = _NO_WA
         return seconds[action.stage][action.kind]
 
     def delay(producer: Action, consumer: Action) -> float:
+        if consumer.kind is Kind.UPDATE:
+            return costs[producer.stage].reduce_s
         return between[min(producer.stage, consumer.stage)]
 
     return timeline(schedule, duration, delay)

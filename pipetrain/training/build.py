@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipetrain import models, schedule
 from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, TextConfig
 from pipetrain.data.text import TokenFolder
-from pipetrain.derived import num_microbatches, stale_family
+from pipetrain.derived import num_replicas, replica_microbatches, stale_family
 from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.stage import Stage
 from pipetrain.engine.tied import Tie
@@ -43,7 +43,7 @@ def build_recipe(cfg: Config, prepared: Prepared | None) -> Recipe:
                 f"use model.num_classes={facts.num_classes} or more, or leave it out"
             )
         settings = facts._asdict() | {k: v for k, v in dataclasses.asdict(cfg.model).items() if v is not None}
-        return models.build(**settings, forwards_per_step=num_microbatches(cfg))
+        return models.build(**settings, forwards_per_step=replica_microbatches(cfg))
     assert isinstance(cfg.data, TextConfig)
     assert isinstance(prepared, TokenFolder)
     return models.build(
@@ -77,19 +77,22 @@ def build_schedule(
     """The schedule of a training step, or of a segment of a stale one.
 
     Args:
+        num_ranks: of each pipeline.
         num_steps: mini-batches of the segment; None is a whole one.
     """
     recompute, skips = _policies(cfg, recipe, balance), dataflow_of(recipe, balance).skips()
+    number, reduces = replica_microbatches(cfg), num_replicas(cfg) > 1
     if family := stale_family(cfg):
-        number = num_steps or cfg.stale.drain_every
-        return schedule.build_stale(family, num_ranks, num_microbatches(cfg), number, recompute=recompute, skips=skips)
+        steps = num_steps or cfg.stale.drain_every
+        return schedule.build_stale(family, num_ranks, number, steps, recompute=recompute, skips=skips, reduces=reduces)
     return schedule.build(
         cfg.schedule,
         num_ranks,
-        num_microbatches(cfg),
+        number,
         stages_per_rank=len(balance) // num_ranks,
         recompute=recompute,
         skips=skips,
+        reduces=reduces,
     )
 
 
@@ -129,6 +132,7 @@ def build_runtime(
             dataflow,
             device=device,
             seed=cfg.seed,
+            first_microbatch=transport.replicas.number * replica_microbatches(cfg),
             loss_sum=recipe.loss_sum if index == last else None,
             measures=tuple(recipe.measures.values()),
             autocast_dtype=AUTOCAST[cfg.precision],

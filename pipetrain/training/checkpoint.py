@@ -1,7 +1,7 @@
 """Checkpoints: whole or absent, and the same for every number of stages.
 
     checkpoints/step_00000100/
-        stage_0.safetensors   weights and optimizer state of the stage that wrote it, by names of the unsplit model
+        stage_0.safetensors   weights and optimizer state of the rank that wrote it, by names of the unsplit model
         stage_1.safetensors
         manifest.json         step, settings, and for every file its size, SHA-256 and tensors; written last
 
@@ -68,13 +68,17 @@ def save(
 ) -> None:
     """Writes one checkpoint together with all other ranks, then removes old ones.
 
+    Args:
+        tensors: of this rank; those of the first replica are written.
+
     Raises:
         CheckpointError: on every rank, if any of them could not write. Nothing that was there before is touched.
     """
     aside, final = folder / f".writing_{step:08d}", folder / f"step_{step:08d}"
-    first = transport.rank == 0
+    writes = transport.replicas.number == 0
+    first = writes and transport.rank == 0
     _together(transport, aside, lambda: _make_empty(aside) if first else None)
-    _together(transport, aside, lambda: _write_stage(aside, transport.rank, tensors))
+    _together(transport, aside, lambda: _write_stage(aside, transport.rank, tensors) if writes else None)
 
     def commit() -> None:
         entries = sorted(aside.glob("*.entry"))
@@ -102,7 +106,7 @@ def _together(transport: Transport, aside: Path, work: Callable[[], None]) -> No
     reason = _first_reason(transport, failure)
     if not reason:
         return
-    if transport.rank == 0:
+    if transport.rank == 0 and transport.replicas.number == 0:
         shutil.rmtree(aside, ignore_errors=True)
     try:
         remains = f"the checkpoint of step {read_manifest(find_usable(aside.parent)[0]).step} is intact"
@@ -120,14 +124,14 @@ def _first_reason(transport: Transport, failure: Exception | None) -> str:
     """Why the first failing rank failed, on every rank; empty if none did."""
     failed = torch.zeros(transport.num_ranks, dtype=torch.int64)
     failed[transport.rank] = failure is not None
-    failed = transport.all_reduce(failed)
+    failed = transport.replicas.sum(transport.all_reduce(failed))  # only those of the first replica write
     if not failed.any():
         return ""
     letters = torch.zeros(_REASON_BYTES, dtype=torch.int64)
-    if transport.rank == int(failed.nonzero()[0]):
+    if failure is not None and transport.rank == int(failed.nonzero()[0]):
         text = f"{failure}".encode()[:_REASON_BYTES]
         letters[: len(text)] = torch.tensor(list(text))
-    letters = transport.all_reduce(letters)
+    letters = transport.replicas.sum(transport.all_reduce(letters))
     return bytes(letters[letters > 0].tolist()).decode(errors="replace")
 
 

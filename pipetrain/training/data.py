@@ -12,9 +12,10 @@ from pipetrain.config import Config, ImagesConfig, SyntheticConfig, TextConfig
 from pipetrain.data.batches import CONTIGUOUS, ONCE, Batches, TextBatches
 from pipetrain.data.images.batches import ImageBatches
 from pipetrain.data.images.sets import KINDS, ImageSet, prepare_images
+from pipetrain.data.share import WHOLE, Share
 from pipetrain.data.synthetic import SyntheticBatches
 from pipetrain.data.text import TokenFolder, prepare_text
-from pipetrain.derived import remembers
+from pipetrain.derived import num_microbatches, num_replicas, remembers
 from pipetrain.engine.loss import Tensors
 
 Prepared = TokenFolder | ImageSet  # what is known of the data before a worker starts
@@ -53,23 +54,48 @@ def prepare_data(cfg: Config, say: Callable[[str], None]) -> Prepared | None:
     return None
 
 
-def open_data(cfg: Config, prepared: Prepared | None, split: str) -> Batches:
-    """One split of the data, in the order of the settings for training and each sample once for the others."""
+def open_data(cfg: Config, prepared: Prepared | None, split: str, share: Share = WHOLE) -> Batches:
+    """One split of the data, in the order of the settings for training and each sample once for the others.
+
+    Args:
+        share: the part of each batch that is wanted.
+    """
     data = cfg.data
     if isinstance(data, SyntheticConfig):
         samples = data.samples if split == "train" else max(1, data.samples // 10)
-        return SyntheticBatches(data.shape, data.classes, samples, split, batch_size=cfg.batch_size, seed=cfg.seed)
+        return SyntheticBatches(
+            data.shape, data.classes, samples, split, batch_size=cfg.batch_size, seed=cfg.seed, share=share
+        )
     if isinstance(data, ImagesConfig):
         assert isinstance(prepared, ImageSet)
         augment = KINDS[data.set].augment if data.augment is None else data.augment
         return ImageBatches(
-            prepared, split, batch_size=cfg.batch_size, seed=cfg.seed, augment=augment, workers=data.workers
+            prepared,
+            split,
+            batch_size=cfg.batch_size,
+            seed=cfg.seed,
+            augment=augment,
+            workers=data.workers,
+            share=share,
         )
     assert isinstance(data, TextConfig)
     assert isinstance(prepared, TokenFolder)
     # What remembers reads every split in rows that go on.
     order = data.order if split == "train" else CONTIGUOUS if remembers(cfg) else ONCE
-    return TextBatches(prepared, split, seq_len=data.seq_len, batch_size=cfg.batch_size, order=order, seed=cfg.seed)
+    return TextBatches(
+        prepared,
+        split,
+        seq_len=data.seq_len,
+        batch_size=cfg.batch_size,
+        order=order,
+        seed=cfg.seed,
+        share=share,
+    )
+
+
+def share_of(cfg: Config, replica: int) -> Share:
+    """What a replica has of each batch."""
+    return Share(replica, num_replicas(cfg), num_microbatches(cfg))
 
 
 def to_device(tensor: Tensor, cfg: Config, device: torch.device) -> Tensor:
@@ -81,12 +107,18 @@ def to_device(tensor: Tensor, cfg: Config, device: torch.device) -> Tensor:
 def part_of_batch(
     cfg: Config, device: torch.device, data: Batches, index: int, *, first: bool, last: bool
 ) -> tuple[Tensors | None, Tensors | None]:
-    """What a rank needs of a batch: the first stage the inputs, the last one the targets, the others nothing."""
-    inputs, targets = data.batch(index) if first else (None, data.targets(index) if last else None)
+    """What a rank needs of its share of a batch: the first stage the inputs, the last one the targets."""
+    inputs, targets = data.batch(index) if first else (None, own_targets(data, index) if last else None)
     return (
         (to_device(inputs, cfg, device),) if inputs is not None else None,
         (to_device(targets, cfg, device),) if targets is not None and last else None,
     )
+
+
+def own_targets(data: Batches, index: int) -> Tensor:
+    """Those of the share of batch `index`."""
+    targets = data.targets(index)
+    return targets[data.share.rows(len(targets))]
 
 
 class ImageFacts(NamedTuple):

@@ -42,7 +42,10 @@ class Evaluator:
         for index in range(min(data.num_batches, max_batches or data.num_batches)):
             if requests := float(self._sum(torch.tensor([request()], dtype=torch.float64))):
                 return {}, requests
-            program = self._program(min(self._schedule.num_microbatches, data.rows(index)))
+            share, rows = data.share, data.rows(index)
+            program = self._program(share.microbatches(rows))
+            if not range(rows)[share.rows(rows)]:
+                continue  # fewer rows than replicas
             inputs, targets = self._part(data, index)
             sums += self._runtime.evaluate_step(program, inputs, targets, index)
             count += self._recipe.count(targets) if targets is not None else 0
@@ -50,7 +53,8 @@ class Evaluator:
         return dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True)), 0.0
 
     def _sum(self, values: Tensor) -> Tensor:
-        return self._runtime.transport.all_reduce(values)
+        transport = self._runtime.transport
+        return transport.replicas.sum(transport.all_reduce(values))
 
     def _program(self, num_microbatches: int) -> Program:
         """Every rank meets the sizes in the same order, so they agree on each schedule once, together."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipetrain import config
 from pipetrain.config import Config
+from pipetrain.derived import num_ranks
 from pipetrain.paths import RunPaths
 from pipetrain.training.data import Prepared, fingerprint, prepared_from
 from pipetrain.training.plan import Prediction
@@ -20,7 +21,7 @@ class Job:
         cfg: the checked settings.
         run: the run folder.
         data: what was found out about the data, see `training.data`.
-        devices: one name for each rank.
+        devices: one name for each rank, of all replicas.
         checkpoint: the verified checkpoint to go on from, or None.
         start: the verified checkpoint of another run that gives the first weights, or None.
         prediction: what the planner says of a step, where it was asked.
@@ -40,6 +41,21 @@ class Job:
     def data_id(self) -> str:
         """Changes whenever the data do."""
         return fingerprint(self.cfg, self.data)
+
+    @property
+    def num_ranks(self) -> int:
+        """Of each pipeline."""
+        return num_ranks(self.cfg, len(self.devices))
+
+    def place_of(self, rank: int, stage: int | None = None) -> str:
+        """Where one of all ranks stands, in words.
+
+        Args:
+            stage: where it is known which of those of the rank.
+        """
+        replica, place = divmod(rank, self.num_ranks)
+        copy = f", replica {replica}" if len(self.devices) > self.num_ranks else ""
+        return f"stage {place if stage is None else stage} (rank {rank}{copy})"
 
     def to_json(self) -> str:
         """The job as text, for another process."""

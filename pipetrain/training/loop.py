@@ -27,7 +27,7 @@ from pipetrain.training.build import (
     ties_of,
 )
 from pipetrain.training.console import Console
-from pipetrain.training.data import open_data, part_of_batch
+from pipetrain.training.data import open_data, part_of_batch, share_of
 from pipetrain.training.ema import WeightAverage
 from pipetrain.training.evaluate import Evaluator
 from pipetrain.training.hindsight import Hindsight
@@ -71,10 +71,11 @@ def train(job: Job, transport: Transport, device: torch.device, signals: Signals
     except PipetrainError:
         raise
     except Exception as error:
-        rank, action, step = transport.rank, trainer.runtime.current, trainer.step + 1
-        stage = action.stage if action is not None else trainer.schedule.stages_of(rank)[0]
+        action, step = trainer.runtime.current, trainer.step + 1
+        stage = action.stage if action is not None else trainer.schedule.stages_of(transport.rank)[0]
         where = f"failed at {action}, step {step}" if action is not None else f"failed around step {step}"
-        raise StageFailed(f"stage {stage} (rank {rank}) {where}{memory_advice(error)}") from error
+        rank = transport.replicas.number * transport.num_ranks + transport.rank
+        raise StageFailed(f"{job.place_of(rank, stage)} {where}{memory_advice(error)}") from error
     finally:
         trainer.close()
 
@@ -101,7 +102,8 @@ class Trainer:
             stage_of=self._stage_of(),
             outer=outer_parameters(recipe, self.runtime.own_parameters),
         )
-        self.data = open_data(cfg, job.data, "train")
+        self._share = share_of(cfg, transport.replicas.number)
+        self.data = open_data(cfg, job.data, "train", self._share)
         for stage in self.runtime.stages.values():
             stage.segments.steps_of_epoch = self.data.num_batches
         self.last_step = cfg.steps or (cfg.epochs or 0) * self.data.num_batches
@@ -114,10 +116,10 @@ class Trainer:
         self.evaluator = Evaluator(self.runtime, recipe, self.schedule, self._batch)
         parameters = self._count_parameters()
         plan = make_plan(self.schedule, job.devices, recipe, balance, parameters, cfg.recompute, job.prediction)
-        # The first rank is the one that writes.
+        # The first rank of the first replica is the one that writes.
         self.console: Console | None = None
         self.metrics: Metrics | None = None
-        if transport.rank == 0:
+        if transport.rank == 0 and transport.replicas.number == 0:
             counted = "tokens" if isinstance(job.data, TokenFolder) else "samples"
             job.run.plan.write_text(plan.to_json())
             self.console = Console(self.step, self.last_step, counted=counted, quiet=job.record)
@@ -132,7 +134,7 @@ class Trainer:
         reader = checkpoint.Reader(self.job.checkpoint) if self.job.checkpoint is not None else None
         if reader is not None:
             state.restore(reader, self.runtime, self.optimizer, self.ties)
-            state.restore_memories(reader, self.runtime, self.schedule.num_microbatches)
+            state.restore_memories(reader, self.runtime, self._share)
             self.step = reader.manifest.step
         elif self.job.start is not None:
             init_from.load(checkpoint.Reader(self.job.start), self.runtime, self.ties)
@@ -171,7 +173,10 @@ class Trainer:
 
     def _fetch(self, step: int) -> MiniBatch:
         inputs, targets = self._batch(self.data, step)
-        return MiniBatch(inputs, targets, self.recipe.count(targets) if targets is not None else 0)
+        if targets is None:
+            return MiniBatch(inputs, None)
+        every = targets if self._share.replicas == 1 else (self.data.targets(step),)
+        return MiniBatch(inputs, targets, self.recipe.count(every))
 
     # ---- the loop --------------------------------------------------------------------------------------------
 
@@ -272,7 +277,7 @@ class Trainer:
         self._write_status("running", None)
 
     def _evaluate(self) -> None:
-        data = open_data(self.cfg, self.job.data, "valid")
+        data = open_data(self.cfg, self.job.data, "valid", self._share)
         with self.average.as_weights() if self.average is not None else contextlib.nullcontext():
             values, self._requests = self.evaluator.run(
                 data, self.cfg.eval.batches, lambda: float(self.signals.request)

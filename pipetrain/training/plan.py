@@ -145,6 +145,8 @@ class Plan:
     """Who computes what, and how busy everybody would be if all stages cost the same, or as measured.
 
     Attributes:
+        num_microbatches: of each replica.
+        replicas: pipelines that share each mini-batch; the stages are those of the first one.
         bubble_fraction: with equal stages.
         prediction: where layers were measured.
     """
@@ -154,6 +156,7 @@ class Plan:
     num_microbatches: int
     recompute: str | list[str]
     bubble_fraction: float
+    replicas: int = 1
     prediction: Prediction | None = None
 
     @property
@@ -176,8 +179,11 @@ class Plan:
             rows.append((*known, *self._predicted(stage.stage)))
         lines = aligned(_without_middle(rows))
         total = sum(stage.parameters for stage in self.stages)
+        number = f"{self.num_microbatches} micro-batches"
+        if self.replicas > 1:
+            number = f"{self.num_microbatches * self.replicas} micro-batches, shared by {self.replicas} replicas"
         lines.append(
-            f"{total:,} parameters, schedule {self.schedule}, {self.num_microbatches} micro-batches, "
+            f"{total:,} parameters, schedule {self.schedule}, {number}, "
             f"recompute {self.recompute if isinstance(self.recompute, str) else ', '.join(self.recompute)}"
         )
         if self.prediction is not None:
@@ -252,7 +258,11 @@ def make_plan(
     recompute: str | list[str],
     prediction: Prediction | None = None,
 ) -> Plan:
-    """Puts the plan together from the schedule, the layers and the parameters of every stage."""
+    """Puts the plan together from the schedule, the layers and the parameters of every stage.
+
+    Args:
+        devices: of all replicas.
+    """
     names = [layer.name for layer in recipe.layers]
     halves = (1.0, 1.0) if schedule.is_split else (2.0, 0.0)
     cost = StageCost(1.0, *halves, recompute_s=1.0)
@@ -265,6 +275,7 @@ def make_plan(
         schedule=schedule.name,
         num_microbatches=schedule.num_microbatches,
         recompute=recompute,
+        replicas=len(devices) // schedule.num_ranks,
         bubble_fraction=bubble_fraction(simulate(schedule, [cost] * schedule.num_stages), schedule.num_ranks),
         prediction=prediction,
     )

@@ -59,7 +59,7 @@ class StaleSteps:
             )
         if is_traced:
             spans = gather_spans(program.schedule, pieces.runtime.spans, transport)
-            if transport.rank == 0:
+            if transport.rank == 0 and transport.replicas.number == 0:
                 write_trace(pieces.job.run, step + number, program.schedule, spans)
         reports = [report.step(i) for i in range(number)]
         return Advance(reports, time.perf_counter() - started, program.schedule, report.staleness)

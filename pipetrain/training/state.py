@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pipetrain.data.share import Share
+from pipetrain.engine.replicas import gather_rows
 from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.tied import Tie
 from pipetrain.errors import CheckpointError
@@ -25,7 +27,11 @@ def collect(
     tensors: dict[str, Tensor] = {}
     for stage in runtime.stages.values():
         tensors |= {f"model/{name}": buffer for name, buffer in stage.named_buffers()}
-        tensors |= {f"memory/{name}": states for name, states in stage.segments.saved().items()}
+        replicas = runtime.transport.replicas
+        tensors |= {
+            f"memory/{name}": torch.cat(gather_rows(states.cpu(), replicas)) if replicas.count > 1 else states
+            for name, states in stage.segments.saved().items()
+        }
     for name, parameter in runtime.own_parameters.items():
         if name in later_uses:
             continue
@@ -57,14 +63,15 @@ def restore(reader: Reader, runtime: Runtime, optimizer: torch.optim.Optimizer, 
     _restore_optimizer(reader, runtime.own_parameters, optimizer, first_use)
 
 
-def restore_memories(reader: Reader, runtime: Runtime, num_microbatches: int) -> None:
-    """Fills what layers remember of the text before, also for another number of micro-batches."""
+def restore_memories(reader: Reader, runtime: Runtime, share: Share) -> None:
+    """Fills what layers remember of the text before, also for another number of micro-batches or replicas."""
     there = reader.names("memory/")
     for stage in runtime.stages.values():
         for name in stage.segments.names:
             if f"memory/{name}" in there:
                 states = reader.get(f"memory/{name}").to(runtime.device)
-                stage.segments.restore(name, states, reader.manifest.step, num_microbatches)
+                own = states[share.rows(len(states))].tensor_split(share.microbatches(len(states)))
+                stage.segments.restore(name, own, reader.manifest.step)
 
 
 def restore_average(reader: Reader, average: WeightAverage, ties: Sequence[Tie]) -> None:

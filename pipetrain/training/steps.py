@@ -99,7 +99,7 @@ class SynchronousSteps:
             self._explain_non_finite(report, batch)
         if is_traced:
             spans = gather_spans(pieces.schedule, pieces.runtime.spans, transport)
-            if transport.rank == 0:
+            if transport.rank == 0 and transport.replicas.number == 0:
                 write_trace(pieces.job.run, step + 1, pieces.schedule, spans)
         fresh = [[0]] * pieces.schedule.num_stages
         return Advance([report], time.perf_counter() - started, pieces.schedule, fresh)

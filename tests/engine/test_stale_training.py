@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipetrain import schedule
+from pipetrain.data.share import Share
 from pipetrain.engine.joint_update import JointUpdate
 from pipetrain.engine.local import LocalTransport, run_ranks
 from pipetrain.engine.minibatch import MiniBatch
@@ -71,12 +73,23 @@ def train(
     make: Make = adamw,
     before: Callable[[JointUpdate], None] = lambda update: None,
     dtype: torch.dtype = torch.float32,
+    replicas: int = 1,
 ) -> Trained:
-    """One segment after the other."""
+    """One segment after the other; what the first replica ended with."""
 
     def rank_main(transport: LocalTransport) -> tuple[list[SegmentReport], list[JointUpdate], dict[str, Tensor]]:
         placement = orders[0].placement
-        runtime = build_runtime(recipe, balance, transport, placement=placement, dtype=dtype, stale_weights=policy)
+        each = orders[0].num_microbatches
+        runtime = build_runtime(
+            recipe,
+            balance,
+            transport,
+            placement=placement,
+            dtype=dtype,
+            stale_weights=policy,
+            replica_microbatches=each,
+        )
+        share = Share(transport.replicas.number, replicas, replicas * each)
         optimizer = make(list(runtime.own_parameters.values()))
         updates: list[JointUpdate] = []
 
@@ -86,7 +99,8 @@ def train(
 
         def batch(step: int) -> MiniBatch:
             inputs, targets = batches[step]
-            return MiniBatch((inputs,), (targets,), recipe.count((targets,)))
+            own = share.rows(len(inputs))
+            return MiniBatch((inputs[own],), (targets[own],), recipe.count((targets,)))
 
         reports, first = [], 0
         for order in orders:
@@ -94,12 +108,16 @@ def train(
             first += order.num_steps
         return reports, updates, {n: p.detach().clone() for n, p in runtime.parameters.items()}
 
-    results = run_ranks(max(orders[0].placement) + 1, rank_main)
+    length = max(orders[0].placement) + 1
+    results = run_ranks(length * replicas, rank_main, replicas)
+    for number, (_, _, parameters) in enumerate(results):
+        assert all(torch.equal(p, results[number % length][2][name]) for name, p in parameters.items())
+    results = results[:length]
     return Trained(results[0][0], [r[1] for r in results], [r[2] for r in results])
 
 
-def versions_of(orders: Sequence[Schedule]) -> Versions:
-    """Read off the schedules: joint updates of its rank before each action."""
+def versions_of(orders: Sequence[Schedule], replicas: int = 1) -> Versions:
+    """Read off the schedules: joint updates of its rank before each action. All replicas run the same."""
     forward: dict[tuple[int, int, int], int] = {}
     backward: dict[tuple[int, int, int], int] = {}
     updates: list[list[tuple[tuple[int, int], ...]]] = [[] for _ in orders[0].actions]
@@ -108,15 +126,16 @@ def versions_of(orders: Sequence[Schedule]) -> Versions:
         for rank, actions in enumerate(order.compute().actions):
             groups = {joint[-1]: joint for joint in joint_updates(actions)}
             for action in actions:
-                which = (action.stage, first + action.step, action.microbatch)
+                each = range(action.microbatch, replicas * order.num_microbatches, order.num_microbatches)
+                which = [(action.stage, first + action.step, m) for m in each]
                 if action.kind is Kind.FORWARD:
-                    forward[which] = len(updates[rank])
+                    forward |= dict.fromkeys(which, len(updates[rank]))
                 elif action.kind is Kind.BACKWARD:
-                    backward[which] = len(updates[rank])
+                    backward |= dict.fromkeys(which, len(updates[rank]))
                 elif action in groups:
                     updates[rank].append(tuple((a.stage, first + a.step) for a in groups[action]))
         first += order.num_steps
-    return Versions(orders[0].placement, forward, backward, updates, orders[0].num_microbatches)
+    return Versions(orders[0].placement, forward, backward, updates, replicas * orders[0].num_microbatches)
 
 
 def assert_same_as_oracle(
@@ -316,3 +335,38 @@ def test_weights_move_only_where_somebody_still_needs_them(policy: str, moving: 
 
 def recipe_count(targets: Tensor) -> int:
     return int((targets != -100).sum())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("name", "tied"), [("ouroboros", True), ("locked", True), ("pipedream", False)])
+def test_replicas_take_the_micro_batches_of_one_mini_batch(name: str, tied: bool, policy: str) -> None:
+    """Each has one of two: even the order of the sum is that of the oracle."""
+    family = LOCKED if name == "locked" else STALE[name]
+    recipe, balance = tiny(tied=tied), [2, 2, 2]
+    ranks = 3 - family.extra
+    recompute = RECOMPUTE[policy]
+    orders = [schedule.build_stale(family, ranks, 1, n, recompute=recompute, reduces=True) for n in (7, 4)]
+    batches = some_batches(11)
+    trained = train(recipe, balance, orders, batches, policy, replicas=2)
+    oracle = StaleOracle(recipe, balance, batches, versions_of(orders, 2), policy, adamw)
+    for rank, updates in enumerate(oracle._versions.updates):
+        right = oracle.weights(rank, len(updates))
+        for parameter, tensor in trained.parameters[rank].items():
+            assert torch.equal(tensor, right[oracle._owner[parameter]]), (rank, parameter)
+    for order, report in zip(orders, trained.reports, strict=True):
+        assert [list(row) for row in report.staleness] == staleness(order)
+
+
+@pytest.mark.parametrize("name", ["bounded", "pipedream_2bw"])
+def test_replicas_of_several_micro_batches_are_the_oracle_in_float64(name: str) -> None:
+    recipe, balance = tiny(), [2, 2, 2]
+    orders = [schedule.build_stale(STALE[name], 3, 3, n, recompute="never", reduces=True) for n in (6, 3)]
+    batches = some_batches(9, rows=7)
+    options: dict[str, Any] = {"make": partial(torch.optim.SGD, lr=0.1, momentum=0.9), "dtype": torch.float64}
+    trained = train(recipe, balance, orders, batches, "stash", replicas=2, **options)
+    versions = versions_of(orders, 2)
+    oracle = StaleOracle(recipe, balance, batches, versions, "stash", **options)
+    for rank, updates in enumerate(versions.updates):
+        right = oracle.weights(rank, len(updates))
+        for parameter, tensor in trained.parameters[rank].items():
+            torch.testing.assert_close(tensor, right[parameter], rtol=1e-10, atol=1e-13)

@@ -29,7 +29,9 @@ def profile(rows: int) -> Profile:
     layers = [LayerCost(str(i), f, 2 * f, f, f, 0.0, 10, 40, 80, 100, 0, 100, 100) for i, f in enumerate(SECONDS)]
     values = [ValueCost(i, 10, (i + 1,) if i < 3 else (), (), has_gradient=True) for i in range(4)]
     cost = ModelCost(rows, tuple(layers), tuple(values))
-    return Profile({}, {"a cpu": 1e9}, {"a cpu": 1.0}, Link(1e-5, 1e9), 0.0, 1.0, False, 1000, {rows: cost})
+    return Profile(
+        {}, {"a cpu": 1e9}, {"a cpu": 1.0}, Link(1e-5, 1e9), Link(1e-4, 1e9), 0.0, 1.0, False, 1000, {rows: cost}
+    )
 
 
 class Measuring:

@@ -12,6 +12,7 @@ PROFILE = Profile(
     memory_bytes={"cpu": 1e9},
     slowness={"cpu": 1.0},
     link=Link(1e-5, 1e9),
+    sums=Link(1e-4, 1e9),
     engine_s=1e-4,
     crowding=2.0,
     disturbed=True,

@@ -20,7 +20,8 @@ from pipetrain.config import (
     TransformerConfig,
 )
 from pipetrain.data.text import TokenFolder, prepare_text
-from pipetrain.engine.local import run_ranks
+from pipetrain.derived import num_replicas
+from pipetrain.engine.local import LocalTransport, run_ranks
 from pipetrain.errors import Exit
 from pipetrain.paths import RunPaths
 from pipetrain.training import checkpoint
@@ -86,13 +87,18 @@ def run(
     start: Path | None = None,
     signals: Callable[[int], Signals] = lambda rank: Signals(),
 ) -> Exit:
-    """Trains `cfg` on `stages` ranks in folder `name`."""
+    """Trains `cfg` on `stages` ranks, of all replicas, in folder `name`."""
     paths = RunPaths(tmp_path / name)
     paths.root.mkdir(exist_ok=True)
     found = checkpoint.find_usable(paths.checkpoints)[0] if resume else None
     data = tokens_of(tmp_path) if isinstance(cfg.data, TextConfig) else prepare_data(cfg, lambda text: None)
     job = Job.from_json(Job(cfg, paths, data, ("cpu",) * stages, found, start).to_json())
-    codes = run_ranks(stages, lambda transport: train(job, transport, CPU, signals(transport.rank)))
+
+    def rank_main(transport: LocalTransport) -> Exit:
+        rank = transport.replicas.number * transport.num_ranks + transport.rank
+        return train(job, transport, CPU, signals(rank))
+
+    codes = run_ranks(stages, rank_main, num_replicas(cfg))
     assert len(set(codes)) == 1
     return codes[0]
 

@@ -16,6 +16,7 @@ from pipetrain.data.images.augment import Augmentation
 from pipetrain.data.images.read import Images, Unreadable
 from pipetrain.data.images.sets import KINDS, TRAIN, ImageSet, open_images
 from pipetrain.data.order import permutation
+from pipetrain.data.share import WHOLE, Share
 from pipetrain.errors import ConfigError, DataError
 from pipetrain.processes import SIGNALS, die_with_parent
 from pipetrain.seeds import derive_seed, seeded
@@ -24,9 +25,12 @@ _AHEAD = 4  # batches that each process has ready
 
 
 class _Samples(Dataset[Any]):
-    """Item i is the images of batch i. It holds no stream of its own, so that it can be handed to processes."""
+    """Item i is the share's images of batch i. It holds no stream of its own, so that it can be handed to processes."""
 
-    def __init__(self, images: ImageSet, split: str, batch_size: int, seed: int, augment: Sequence[str]) -> None:
+    def __init__(
+        self, images: ImageSet, split: str, batch_size: int, seed: int, augment: Sequence[str], share: Share
+    ) -> None:
+        self.share = share
         self._set, self._split, self._batch_size, self._seed = images, split, batch_size, seed
         self._augment = tuple(augment) if split == TRAIN else ()
         self._num_images = images.num_images[split]
@@ -58,17 +62,19 @@ class _Samples(Dataset[Any]):
         return Augmentation(self._augment, self._set.size, self._set.channels, kind.mean, kind.std, zoom=is_folder)
 
     def __getitem__(self, index: int) -> Tensor | str:
-        """The images of batch `index`, or what is wrong with one."""
-        epoch, made = index // self.num_batches, []
+        """Images of batch `index`, or what is wrong with one."""
+        epoch, made, numbers = index // self.num_batches, [], self.numbers(index)
         with seeded(0):
-            for number in map(int, self.numbers(index)):
+            for number in map(int, numbers[self.share.rows(len(numbers))]):
                 # One generator takes a microsecond; torch.manual_seed would take as long as the image.
                 torch.default_generator.manual_seed(derive_seed(self._seed, "augment", self._split, epoch, number))
                 try:
                     made.append(self.augmentation(self.images.image(number)))
                 except Unreadable as error:
                     return str(error)
-        return self.augmentation.standardised(torch.stack(made))
+        size = self._set.size
+        images = torch.stack(made) if made else torch.empty(0, self._set.channels, size, size, dtype=torch.uint8)
+        return self.augmentation.standardised(images)
 
 
 class ImageBatches:
@@ -82,18 +88,28 @@ class ImageBatches:
     """
 
     def __init__(
-        self, images: ImageSet, split: str, *, batch_size: int, seed: int, augment: Sequence[str], workers: int
+        self,
+        images: ImageSet,
+        split: str,
+        *,
+        batch_size: int,
+        seed: int,
+        augment: Sequence[str],
+        workers: int,
+        share: Share = WHOLE,
     ) -> None:
         """
         Args:
             split: train or valid.
             augment: of the training images: names that `Augmentation` knows.
             workers: processes that read ahead; 0 reads in this one, when a batch is asked for.
+            share: the rows that `batch` gives.
 
         Raises:
             ConfigError: if the split does not fill one batch (in training) or has no image.
         """
-        self._samples = _Samples(images, split, batch_size, seed, augment)
+        self._samples = _Samples(images, split, batch_size, seed, augment, share)
+        self.share = share
         self._trains, self._workers = split == TRAIN, workers
         self._ahead: tuple[int, Iterator[Tensor | str]] | None = None  # the next batch's number, and the stream
         if self._trains and images.num_images[split] < batch_size:
@@ -118,7 +134,8 @@ class ImageBatches:
         return torch.from_numpy(self._samples.images.labels[self._samples.numbers(index)])
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """Images float32 [rows, channels, size, size], standardised, and class numbers int64 [rows].
+        """Of the share of batch `index`: images float32 [rows, channels, size, size], standardised, and class numbers
+        int64 [rows].
 
         Raises:
             DataError: naming an image that cannot be read.
@@ -131,7 +148,7 @@ class ImageBatches:
         self._ahead = index + 1, stream
         if isinstance(made, str):
             raise DataError(f"{made}; replace it, or leave such images out: data.on_error=skip")
-        return made, self.targets(index)
+        return made, self.targets(index)[self.share.rows(self.rows(index))]
 
     def _loader(self, first: int) -> Iterable[Tensor | str]:
         """All batches from one on, in training without an end; each worker makes whole batches."""
