@@ -147,6 +147,33 @@ BAD = [
     (amoebanet() | {"batch_size": 1}, "normalises over nothing else; use a larger batch_size, or model.aux_weight=0"),
     ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ({"micro_batches": 0}, "micro_batches=0 must be at least 1"),
+    ({"data_parallel": 0}, "data_parallel=0 must be at least 1"),
+    ({"data_parallel": "two"}, "data_parallel=two must be a whole number or auto; try data_parallel=4"),
+    (
+        {"devices": 5, "data_parallel": 2},
+        "5 devices cannot be shared evenly by data_parallel=2 replicas; use devices=4",
+    ),
+    (
+        {"devices": 4, "data_parallel": 4, "micro_batches": 6},
+        "micro_batches=6, of the whole mini-batch, cannot be shared evenly by data_parallel=4 replicas; use "
+        "micro_batches=8",
+    ),
+    (
+        {"devices": 4, "data_parallel": 4, "batch_size": 3},
+        "data_parallel=4 is more than batch_size=3 samples to share; use a larger batch_size",
+    ),
+    (
+        {"devices": 4, "data_parallel": 2, "action": "check"},
+        "action=check compares sums to the last bit, but data_parallel=2 adds them up in another order",
+    ),
+    (
+        {"devices": 4, "data_parallel": 2, "balance": [1, 1, 1, 1]},
+        "balance=[1,1,1,1] names 4 stages, but there are 2 devices in each replica; use devices=8, or a list of 2",
+    ),
+    (
+        {"devices": 4, "data_parallel": "auto", "partitions": 3},
+        "partitions=3, but schedule=gpipe runs one stage on each of the 4 devices",
+    ),
     ({"steps": 0}, "steps=0 must be at least 1"),
     ({"steps": None, "epochs": 0}, "epochs=0 must be at least 1"),
     ({"log_every": 0}, "log_every=0 must be at least 1"),

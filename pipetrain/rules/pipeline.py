@@ -133,8 +133,9 @@ def _check_stages(cfg: Config, num_ranks: int, problems: list[str]) -> None:
         _check_recompute(cfg, None, problems)
         return
     there_are = f"{number} devices" if number == num_ranks else f"{number} stages on {num_ranks} devices"
+    there_are += " in each replica" if num_replicas(cfg) > 1 else ""
     if isinstance(cfg.balance, list) and cfg.balance and len(cfg.balance) != number:
-        use = f"devices={len(cfg.balance)}, or " if number == num_ranks else ""
+        use = f"devices={len(cfg.balance) * num_replicas(cfg)}, or " if number == num_ranks else ""
         problems.append(
             f"balance={shown(cfg.balance)} names {len(cfg.balance)} stages, but there are {there_are}; "
             f"use {use}a list of {number}, or balance=even"

@@ -1,6 +1,8 @@
 """Stale schedules on emulated devices: what a step takes, beside the simulator and beside one device."""
 
+import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from pipetrain.engine.connect import connect
 from pipetrain.engine.minibatch import MiniBatch
 from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.stage import Stage
+from pipetrain.engine.transport import Transport
 from pipetrain.models import LayerRecipe, Recipe
 from pipetrain.partition.split import dataflow_of, take_stage
 from pipetrain.schedule import LOCKED, STALE, Kind, Span, build_stale
@@ -22,11 +25,13 @@ from pipetrain.training.trace import gather_spans, start_together
 
 FAMILIES = {"ouroboros": STALE["ouroboros"], "ouroboros locked": LOCKED, "pipedream": STALE["pipedream"]}
 MODULES = (3, 4, 5, 8)
+REPLICAS = (("ouroboros", 3, 2), ("ouroboros", 5, 2), ("ouroboros", 3, 4))  # with modules and replicas
 FORWARD_S, BACKWARD_S = 0.050, 0.100
 STEPS, MARGIN = 40, 12  # mini-batches of a segment; so many at both ends are not the steady state
 HEADER = [
     "schedule",
     "modules K",
+    "replicas",
     "devices",
     "s a step",
     "simulated / measured",
@@ -36,13 +41,14 @@ HEADER = [
 ]
 
 
-def measure(folder: Path, modules: tuple[int, ...] = MODULES) -> dict[str, Any]:
+def measure(folder: Path) -> dict[str, Any]:
     """All cells."""
     found = {}
-    for name, family in FAMILIES.items():
-        for k in modules:
-            key, devices = f"{name}_{k}".replace(" ", "_"), k - family.extra
-            found[key] = cell(folder / "stale", key, lambda n=name, k=k, d=devices: in_processes(d, _rank, n, k))  # type: ignore
+    for name, modules, replicas in (*((name, k, 1) for name in FAMILIES for k in MODULES), *REPLICAS):
+        key = f"{name}_{modules}".replace(" ", "_") + (f"_{replicas}" if replicas > 1 else "")
+        devices = replicas * (modules - FAMILIES[name].extra)
+        make = partial(in_processes, devices, _rank, name, modules, replicas)
+        found[key] = cell(folder / "stale", key, make)
     return found
 
 
@@ -52,7 +58,7 @@ def sizes_of(name: str, modules: int) -> list[float]:
     return [outer, *[1.0] * (modules - 2), outer]
 
 
-def _rank(name: str, modules: int) -> dict[str, Any]:
+def _rank(name: str, modules: int, replicas: int) -> dict[str, Any]:
     wake_punctually()
     sizes = sizes_of(name, modules)
     # A backward's time is all in the weight's gradient: the first module has no other.
@@ -64,8 +70,8 @@ def _rank(name: str, modules: int) -> dict[str, Any]:
         loss_sum=lambda output, targets: output.sum(),
         count=lambda targets: targets[0].numel(),
     )
-    balance, transport = [1] * modules, connect(CPU, TIMEOUT)
-    order = build_stale(FAMILIES[name], transport.num_ranks, 1, STEPS, recompute="never")
+    balance, transport = [1] * modules, connect(CPU, TIMEOUT, replicas)
+    order = build_stale(FAMILIES[name], transport.num_ranks, 1, STEPS, recompute="never", reduces=replicas > 1)
     stages = [
         Stage(
             s,
@@ -73,6 +79,7 @@ def _rank(name: str, modules: int) -> dict[str, Any]:
             dataflow_of(recipe, balance),
             device=CPU,
             seed=0,
+            first_microbatch=transport.replicas.number,
             loss_sum=recipe.loss_sum if s == modules - 1 else None,
         )
         for s in order.stages_of(transport.rank)
@@ -81,31 +88,44 @@ def _rank(name: str, modules: int) -> dict[str, Any]:
     optimizer = torch.optim.SGD(runtime.own_parameters.values(), 0.1)
     batch = torch.zeros(1, MESSAGE_BYTES // 4)
     link_s = message_s(MESSAGE_BYTES) if dist.get_world_size() > 1 else 0.0
+    sum_s = _sum_s(transport) if replicas > 1 else 0.0
     program = runtime.prepare(order)
     start_together(transport)
     started = time.perf_counter()
     report = runtime.train_segment(
         program,
         0,
-        lambda step: MiniBatch((batch,), (batch,), batch.numel()),
+        lambda step: MiniBatch((batch,), (batch,), replicas * batch.numel()),
         update=lambda joint: optimizer.step() and None,
     )
     seconds = time.perf_counter() - started
     spans = gather_spans(order, runtime.spans, transport)
-    costs = [StageCost(size * FORWARD_S, size * BACKWARD_S, 0.0) for size in sizes]
+    costs = [StageCost(size * FORWARD_S, size * BACKWARD_S, 0.0, reduce_s=sum_s) for size in sizes]
     simulated = simulate(order, costs, Link(link_s))
     return {
         "schedule": name,
         "modules": modules,
-        "devices": transport.num_ranks,
+        "replicas": replicas,
+        "devices": replicas * transport.num_ranks,
         "segment_s": seconds,
         "period_s": period_s(spans),
         "simulated_period_s": period_s(simulated),
         "bubble": 1 - sum(sizes) * (FORWARD_S + BACKWARD_S) / transport.num_ranks / period_s(spans),
-        "times_one_device": sum(sizes) * (FORWARD_S + BACKWARD_S) / period_s(spans),
+        "times_one_device": replicas * sum(sizes) * (FORWARD_S + BACKWARD_S) / period_s(spans),
         "staleness": [max(row) for row in report.staleness],
         "link_s": link_s,
+        "sum_s": sum_s,
     }
+
+
+def _sum_s(transport: Transport) -> float:
+    """What it takes to add up the gradients of a layer over the replicas."""
+    taken = []
+    for _ in range(20):
+        bucket, started = torch.zeros(2), time.perf_counter()
+        transport.replicas.start_sum(bucket).wait()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
 
 
 def period_s(spans: list[Span]) -> float:
@@ -121,6 +141,7 @@ def rows(found: dict[str, Any]) -> list[list[object]]:
         [
             r["schedule"],
             r["modules"],
+            r["replicas"],
             r["devices"],
             f"{r['period_s']:.4f}",
             f"{r['simulated_period_s'] / r['period_s']:.3f}",

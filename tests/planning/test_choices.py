@@ -76,3 +76,14 @@ def test_a_file_decides_but_for_recompute(tmp_path: Path) -> None:
     assert left_open(cfg, 2) == ("recompute", "balance")
     assert [choice.recompute for choice in choices(cfg, 2, 4)] == ["never", "except_last", "always"]
     assert {(choice.schedule, choice.num_microbatches) for choice in choices(cfg, 2, 4)} == {(str(path), 2)}
+
+
+def test_replicas_share_devices_micro_batches_and_samples() -> None:
+    cfg = settings(data_parallel="auto", micro_batches="auto", batch_size=24, balance="auto")
+    found = {(choice.replicas, choice.num_microbatches) for choice in choices(cfg, 6, 6)}
+    assert {replicas for replicas, _ in found} == {1, 2, 3, 6}
+    assert all(replicas * m <= 24 for replicas, m in found)
+    assert left_open(cfg, 6) == ("data_parallel", "micro_batches", "balance")
+    typed = settings(data_parallel="auto", micro_batches=4, batch_size=24)
+    assert {(choice.replicas, choice.num_microbatches) for choice in choices(typed, 6, 6)} == {(1, 4), (2, 2)}
+    assert {choice.replicas for choice in choices(settings(data_parallel="auto"), 8, 4)} == {2, 4}, "a layer a device"

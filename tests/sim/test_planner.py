@@ -248,3 +248,27 @@ def test_a_locked_matrix_is_part_of_the_forecast() -> None:
     given, choice = setting([1.0] * 6, 3), Choice("ouroboros", 1, 1, "never", num_steps=30)
     free, locked = (plans(replace(given, locked=locked), [choice])[0].step_s for locked in (False, True))
     assert locked > 1.3 * free
+
+
+def test_replicas_win_where_sums_cost_nothing_and_lose_where_they_cost_much() -> None:
+    """Layers of one weight: two pipelines of one stage have no bubble, but have to add up all gradients."""
+    choices = [Choice("gpipe", 1, 2, "never"), Choice("gpipe", 1, 1, "never", replicas=2)]
+    given = setting([1.0, 1.0], 2)
+    for sums, best in ((Link(), 2), (Link(0.0, 10.0), 1)):
+        (first, *_) = plans(replace(given, sums=sums), choices)
+        assert first.choice.replicas == best
+    both = plans(replace(given, sums=Link(0.01, 100.0)), choices)
+    of_one = next(plan for plan in both if plan.choice.replicas == 2)
+    # A half of the mini-batch forwards and backwards, the update, and two layers of messages there and back.
+    own = given.of_one(2)
+    whole = forecast(own, of_one.choice, (2,))
+    num_bytes = 2 * own.model(8).layers[0].parameter_bytes
+    assert of_one.step_s == pytest.approx(whole.step_s + 2 * 0.01 + num_bytes / 100.0)
+    assert len(of_one.rank_bytes) == 1
+
+
+def test_one_of_several_replicas_has_the_worst_of_each_place() -> None:
+    devices = [Device("a", 100, 1.0), Device("b", 80, 2.0), Device("c", 90, 3.0), Device("d", 95, 1.0)]
+    own = replace(setting([1.0, 1.0], 2), devices=tuple(devices), batch_size=5).of_one(2)
+    assert [(d.memory_bytes, d.slowness) for d in own.devices] == [(90, 3.0), (80, 2.0)]
+    assert own.batch_size == 3
