@@ -57,6 +57,13 @@ class TransformerXLConfig(ModelConfig):
     evaluation_memory: int | None = setting("the same in evaluation; null = as many", None)
     tied: bool = setting("one matrix for the input embedding and the output layer", True)
     shared_biases: bool = setting("one pair of attention biases for all blocks; stale schedules need false", False)
+    cutoffs: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "adaptive softmax: ends of the groups of words, most frequent first, such as [20000,40000]; [] = "
+            "one softmax over all"
+        },
+    )
 
 
 @dataclass(kw_only=True)

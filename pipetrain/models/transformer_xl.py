@@ -5,17 +5,20 @@ H attention heads, V vocabulary. Post-norm; no biases in the attention but u and
 
 A block has 5 D^2 (query, key, value, position, output) + 2DF + F + D (feed-forward) + 4D (norms) parameters, u and v
 have D each, shared by all blocks or not, and the rest VD + V with tied embeddings. The authors' base model for enwik8
-(12 blocks, D = 512, F = 2048, 204 characters, shared u and v) has 41,055,436.
+(12 blocks, D = 512, F = 2048, 204 characters, shared u and v) has 41,055,436, the one for WikiText-103 (16 blocks, D =
+410, F = 2100, 267,735 words in four groups, which have D + 1 more for each but the first) 151,107,538.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipetrain.models.adaptive import AdaptiveHead, adaptive_loss_sum
 from pipetrain.models.recipe import LayerRecipe, Recipe
-from pipetrain.models.transformer import clip_logits, count_targets, cross_entropy_sum
+from pipetrain.models.transformer import IGNORED_TARGET, clip_logits, count_targets, cross_entropy_sum
 from pipetrain.segment_memory import SegmentMemory
 
 _INITIAL_STD = 0.02
@@ -33,6 +36,7 @@ def transformer_xl(
     evaluation_memory: int | None,
     tied: bool,
     shared_biases: bool,
+    cutoffs: Sequence[int] = (),
     vocab_size: int,
     seq_len: int,
     logit_clip: float | None = None,
@@ -44,6 +48,7 @@ def transformer_xl(
         memory: tokens before the segment that attention sees in training.
         evaluation_memory: the same in evaluation; None is as many.
         shared_biases: one u and one v for all blocks.
+        cutoffs: ends of the groups of words of an adaptive softmax, without the last one; none is a plain softmax.
         seq_len: not used, positions are relative; the models for text all get it.
     """
     in_evaluation = memory if evaluation_memory is None else evaluation_memory
@@ -51,11 +56,16 @@ def transformer_xl(
     def block() -> nn.Module:
         return Block(d_model, d_ff, heads, dropout, attention_dropout, SegmentMemory(memory, in_evaluation))
 
+    def head() -> nn.Module:
+        if not cutoffs:
+            return Head(d_model, vocab_size, dropout, logit_clip, logit_clip_kind)
+        return AdaptiveHead(_linear(d_model, vocab_size), _linear(d_model, len(cutoffs)), dropout)
+
     names = [f"blocks.{i}" for i in range(layers)]
     recipes = [
         LayerRecipe("embedding", lambda: Embedding(vocab_size, d_model, dropout)),
         *(LayerRecipe(name, block) for name in names),
-        LayerRecipe("head", lambda: Head(d_model, vocab_size, dropout, logit_clip, logit_clip_kind)),
+        LayerRecipe("head", head),
     ]
     ties = [(("embedding", "token.weight"), ("head", "output.weight"))] if tied else []
     if shared_biases and layers > 1:
@@ -63,7 +73,8 @@ def transformer_xl(
             tuple((name, f"attention.{bias}") for name in names)  # type: ignore[misc]
             for bias in ("content_bias", "position_bias")
         ]
-    return Recipe(tuple(recipes), loss_sum=cross_entropy_sum, count=count_targets, ties=tuple(ties))
+    loss_sum = adaptive_loss_sum(cutoffs, vocab_size, IGNORED_TARGET) if cutoffs else cross_entropy_sum
+    return Recipe(tuple(recipes), loss_sum=loss_sum, count=count_targets, ties=tuple(ties))
 
 
 class Embedding(nn.Module):

@@ -1,5 +1,7 @@
 """The rules about each model's own settings. Each function adds a line for every rule that is broken."""
 
+from itertools import pairwise
+
 from pipetrain.config import (
     AmoebaNetConfig,
     AnythingConfig,
@@ -46,10 +48,22 @@ def _check_memory(cfg: Config, model: TransformerXLConfig, problems: list[str]) 
             problems.append(f"model.{key}={getattr(model, key)} must be at least 0")
     if not 0 <= model.attention_dropout < 1:
         problems.append(f"model.attention_dropout={model.attention_dropout} must be at least 0 and below 1")
+    if model.cutoffs:
+        _check_cutoffs(cfg, model.cutoffs, problems)
     if isinstance(cfg.data, TextConfig) and cfg.data.order != "contiguous" and model.memory > 0:
         problems.append(
             f"data.order={cfg.data.order}: model.memory={model.memory} remembers the sample before, which is then some "
             "other text; use data.order=contiguous, or model.memory=0"
+        )
+
+
+def _check_cutoffs(cfg: Config, cutoffs: list[int], problems: list[str]) -> None:
+    given = f"model.cutoffs={shown(cutoffs)}"
+    if any(end <= start for start, end in pairwise((0, *cutoffs))):
+        problems.append(f"{given} must be numbers above 0 that ascend, such as model.cutoffs=[20000,40000]")
+    if cfg.logit_clip is not None:
+        problems.append(
+            f"logit_clip={cfg.logit_clip} is not there for an adaptive softmax, {given}; leave one of them out"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipetrain import models, schedule
-from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, TextConfig
+from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, TextConfig, TransformerXLConfig
 from pipetrain.data.text import TokenFolder
 from pipetrain.derived import num_replicas, replica_microbatches, stale_family
 from pipetrain.engine.runtime import Runtime
@@ -46,6 +46,11 @@ def build_recipe(cfg: Config, prepared: Prepared | None) -> Recipe:
         return models.build(**settings, forwards_per_step=replica_microbatches(cfg))
     assert isinstance(cfg.data, TextConfig)
     assert isinstance(prepared, TokenFolder)
+    if isinstance(cfg.model, TransformerXLConfig) and max(cfg.model.cutoffs, default=0) >= prepared.vocab_size:
+        raise ConfigError(
+            f"model.cutoffs={cfg.model.cutoffs} must end below the {prepared.vocab_size} tokens of the text's "
+            "vocabulary; use smaller numbers, or model.cutoffs=[]"
+        )
     return models.build(
         **dataclasses.asdict(cfg.model),
         vocab_size=prepared.vocab_size,

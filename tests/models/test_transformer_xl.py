@@ -25,6 +25,7 @@ def recipe(**changes: Any) -> Recipe:
         "evaluation_memory": None,
         "tied": True,
         "shared_biases": False,
+        "cutoffs": [],
         "vocab_size": 11,
         "seq_len": 6,
     }
@@ -42,6 +43,12 @@ def test_the_authors_base_model_has_its_published_size() -> None:
     """Dai et al. 2019, enwik8: 41 M; with the 204 characters of that text 41,055,436."""
     base = recipe(layers=12, d_model=512, d_ff=2048, heads=8, memory=512, vocab_size=204, shared_biases=True)
     assert parameters(base) == 41_055_436
+
+
+def test_the_authors_word_model_has_its_published_size() -> None:
+    """Dai et al. 2019, WikiText-103: 151 M."""
+    words: dict[str, Any] = {"vocab_size": 267_735, "cutoffs": [20_000, 40_000, 200_000], "shared_biases": True}
+    assert parameters(recipe(layers=16, d_model=410, d_ff=2100, heads=10, memory=150, **words)) == 151_107_538
 
 
 def test_attention_is_the_papers_formula() -> None:
