@@ -235,6 +235,7 @@ class StaleConfig:
         default_factory=list,
         metadata={"help": "against late gradients, any of [error_feedback,spike_compensation,pipemare]"},
     )
+    feedback: float = setting("error_feedback: how many times what the update before lacked is added", 1.0)
     anneal_steps: int = setting("pipemare: steps after which late stages have the whole learning rate", 1000)
 
 

@@ -30,6 +30,8 @@ def check_stale(cfg: Config, num_ranks: int, problems: list[str]) -> None:
     for key, number, least in (*numbers, ("anneal_steps", stale.anneal_steps, 1)):
         if number < least:
             problems.append(f"stale.{key}={number} must be at least {least}")
+    if not 0 < stale.feedback < math.inf:
+        problems.append(f"stale.feedback={stale.feedback} must be greater than 0 and finite; 1 to 8 are common values")
     if stale_family(cfg) is None or stale.drain_every < 1:
         return
     name = f"schedule={cfg.schedule}"

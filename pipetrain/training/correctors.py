@@ -29,11 +29,20 @@ class Corrector:
 
 
 class ErrorFeedback(Corrector):
-    """w <- w - lr (2 u_t - u_(t-1)), where u_t is the optimizer's own update, without the learning rate.
+    """w <- w - lr (u_t + c (u_t - u_(t-1))), where u_t is the optimizer's own update, without the learning rate.
 
     The update before was made with a gradient one step too old; what it lacked is only known now, u_t - u_(t-1), and is
-    added. Source: after arXiv 2606.30634, whose exact formula we have not seen; this is the one for a delay of one.
+    added c times. Source: after arXiv 2606.30634, whose exact formula we have not seen; c = 1 is the one for a delay of
+    one. Where gradients are later a larger c is better (docs/convergence.md): momentum m lags too, and c = m / (1 - m)
+    would take all of that lag out of m_t.
     """
+
+    def __init__(self, strength: float) -> None:
+        """
+        Args:
+            strength: c.
+        """
+        self._strength = strength
 
     @contextmanager
     def update(self, optimizer: torch.optim.Optimizer, late: Late) -> Iterator[None]:
@@ -47,7 +56,7 @@ class ErrorFeedback(Corrector):
                 now = (old - parameter) / lr[parameter]
                 state = optimizer.state[parameter]
                 if "last_update" in state:
-                    parameter.sub_(now - state["last_update"], alpha=lr[parameter])
+                    parameter.sub_(now - state["last_update"], alpha=lr[parameter] * self._strength)
                 state["last_update"] = now
 
 
@@ -112,7 +121,7 @@ class Correctors(Corrector):
 def build_correctors(cfg: StaleConfig) -> Corrector:
     """Those that the settings name, in their order."""
     makers: dict[str, Callable[[], Corrector]] = {
-        "error_feedback": ErrorFeedback,
+        "error_feedback": lambda: ErrorFeedback(cfg.feedback),
         "spike_compensation": SpikeCompensation,
         "pipemare": lambda: Pipemare(cfg.anneal_steps),
     }

@@ -2,7 +2,9 @@
 
 import statistics
 import time
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,49 @@ from pipetrain.sim.simulate import simulate
 from pipetrain.training.trace import gather_spans, start_together
 
 FAMILIES = {"ouroboros": STALE["ouroboros"], "ouroboros locked": LOCKED, "pipedream": STALE["pipedream"]}
-MODULES = (3, 4, 5, 8)
-REPLICAS = (("ouroboros", 3, 2), ("ouroboros", 5, 2), ("ouroboros", 3, 4))  # with modules and replicas
+
+
+@dataclass(frozen=True)
+class Case:
+    """A schedule, modules of so many layers, and what each layer takes: 1.0 is a module of usual size."""
+
+    name: str
+    balance: tuple[int, ...]
+    sizes: tuple[float, ...]
+    replicas: int = 1
+
+    @property
+    def key(self) -> str:
+        parts = (self.name.replace(" ", "_"), len(self.balance), self.replicas, sum(self.balance), self.sizes[0])
+        return "_".join(map(str, parts))
+
+    @property
+    def devices(self) -> int:
+        return self.replicas * (len(self.balance) - FAMILIES[self.name].extra)
+
+
+def _usual(name: str, modules: int, replicas: int = 1) -> Case:
+    """A layer each. In a ring the two outer ones together are as heavy as one in the middle."""
+    outer = 0.5 if FAMILIES[name].extra else 1.0
+    return Case(name, (1,) * modules, (outer, *[1.0] * (modules - 2), outer), replicas)
+
+
+CASES = [
+    *(_usual(name, modules) for name in FAMILIES for modules in (3, 4, 5, 8)),
+    _usual("ouroboros", 3, 2),
+    _usual("ouroboros", 5, 2),
+    _usual("ouroboros", 3, 4),
+    # What the reviewers of Ouroboros asked for: 64 layers on 4 devices, and 12 on 11.
+    Case("ouroboros", (8, 16, 16, 16, 8), (1 / 16,) * 64),
+    _usual("ouroboros", 12),
+    Case("ouroboros", (1,) * 12, (1.0,) * 12),
+]
 FORWARD_S, BACKWARD_S = 0.050, 0.100
 STEPS, MARGIN = 40, 12  # mini-batches of a segment; so many at both ends are not the steady state
 HEADER = [
     "schedule",
     "modules K",
+    "layers",
     "replicas",
     "devices",
     "s a step",
@@ -43,35 +81,25 @@ HEADER = [
 
 def measure(folder: Path) -> dict[str, Any]:
     """All cells."""
-    found = {}
-    for name, modules, replicas in (*((name, k, 1) for name in FAMILIES for k in MODULES), *REPLICAS):
-        key = f"{name}_{modules}".replace(" ", "_") + (f"_{replicas}" if replicas > 1 else "")
-        devices = replicas * (modules - FAMILIES[name].extra)
-        make = partial(in_processes, devices, _rank, name, modules, replicas)
-        found[key] = cell(folder / "stale", key, make)
-    return found
+    return {
+        case.key: cell(folder / "stale", case.key, partial(in_processes, case.devices, _rank, case)) for case in CASES
+    }
 
 
-def sizes_of(name: str, modules: int) -> list[float]:
-    """Of the modules, 1.0 for one in the middle: in a ring the two outer ones together are as heavy as that."""
-    outer = 0.5 if FAMILIES[name].extra else 1.0
-    return [outer, *[1.0] * (modules - 2), outer]
-
-
-def _rank(name: str, modules: int, replicas: int) -> dict[str, Any]:
+def _rank(case: Case) -> dict[str, Any]:
     wake_punctually()
-    sizes = sizes_of(name, modules)
+    modules, replicas = len(case.balance), case.replicas
     # A backward's time is all in the weight's gradient: the first module has no other.
     recipe = Recipe(
         layers=tuple(
             LayerRecipe(f"layer{i}", lambda size=size: SleepingLayer(size * FORWARD_S, 0.0, size * BACKWARD_S))
-            for i, size in enumerate(sizes)
+            for i, size in enumerate(case.sizes)
         ),
         loss_sum=lambda output, targets: output.sum(),
         count=lambda targets: targets[0].numel(),
     )
-    balance, transport = [1] * modules, connect(CPU, TIMEOUT, replicas)
-    order = build_stale(FAMILIES[name], transport.num_ranks, 1, STEPS, recompute="never", reduces=replicas > 1)
+    balance, transport = list(case.balance), connect(CPU, TIMEOUT, replicas)
+    order = build_stale(FAMILIES[case.name], transport.num_ranks, 1, STEPS, recompute="never", reduces=replicas > 1)
     stages = [
         Stage(
             s,
@@ -100,10 +128,13 @@ def _rank(name: str, modules: int, replicas: int) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - started
     spans = gather_spans(order, runtime.spans, transport)
+    ends = list(accumulate(case.balance))
+    sizes = [sum(case.sizes[end - number : end]) for end, number in zip(ends, case.balance, strict=True)]
     costs = [StageCost(size * FORWARD_S, size * BACKWARD_S, 0.0, reduce_s=sum_s) for size in sizes]
     simulated = simulate(order, costs, Link(link_s))
     return {
-        "schedule": name,
+        "schedule": case.name,
+        "layers": sum(case.balance),
         "modules": modules,
         "replicas": replicas,
         "devices": replicas * transport.num_ranks,
@@ -141,6 +172,7 @@ def rows(found: dict[str, Any]) -> list[list[object]]:
         [
             r["schedule"],
             r["modules"],
+            r["layers"],
             r["replicas"],
             r["devices"],
             f"{r['period_s']:.4f}",

@@ -52,11 +52,13 @@ class Method:
 
     Attributes:
         delay: of all modules; None is K - k of module k.
+        feedback: of error_feedback.
     """
 
     optimizer: OptimizerConfig
     correctors: tuple[str, ...] = ()
     delay: int | None = None
+    feedback: float = 1.0
 
 
 ADAM = AdamConfig(name="adamw", weight_decay=0.1, betas=[0.9, 0.95])
@@ -83,6 +85,10 @@ STALE = {
     "rotated_adam + pipemare": Method(ROTATED, ("pipemare",)),
     "rotated_adam + error_feedback": Method(ROTATED, ("error_feedback",)),
     "muon + error_feedback": Method(MUON, ("error_feedback",)),
+    "adamw + error_feedback 4": Method(ADAM, ("error_feedback",), feedback=4.0),
+    "muon + error_feedback 4": Method(MUON, ("error_feedback",), feedback=4.0),
+    "rotated_adam + error_feedback 4": Method(ROTATED, ("error_feedback",), feedback=4.0),
+    "rotated_adam refresh 1 + error_feedback 4": Method(replace(ROTATED, refresh=1), ("error_feedback",), feedback=4.0),
 }
 METHODS = {**SYNCHRONOUS, **ONE_LATE, **STALE}
 
@@ -93,9 +99,11 @@ class Cell:
     modules: int  # 0 where it makes no difference
     lr: float
     seed: int
+    layers: int = LAYERS + 2
 
     def path(self, work: Path) -> Path:
-        name = f"{self.method}_{self.modules}_{self.lr:g}_{self.seed}".replace(" ", "-").replace("+", "and")
+        deeper = f"_{self.layers}" if self.layers != LAYERS + 2 else ""
+        name = f"{self.method}_{self.modules}_{self.lr:g}_{self.seed}{deeper}".replace(" ", "-").replace("+", "and")
         return work / f"{name}.json"
 
 
@@ -120,19 +128,21 @@ def run(cell: Cell) -> dict[str, Any]:
     train, valid = data[: -len(data) // 20], data[-len(data) // 20 :]
     modules = cell.modules or 4
     delays = [modules - 1 - s if method.delay is None else method.delay for s in range(modules)]
-    model = TransformerConfig(layers=LAYERS, d_model=WIDTH, d_ff=4 * WIDTH, heads=4, dropout=0.0, tied=True)
+    model = TransformerConfig(layers=cell.layers - 2, d_model=WIDTH, d_ff=4 * WIDTH, heads=4, dropout=0.0, tied=True)
     cfg = Config(
         name="convergence",
         model=model,
         data=TextConfig(seq_len=LENGTH),
         optimizer=replace(method.optimizer, lr=cell.lr),
         lr_rule=LrRuleConfig(warmup_steps=WARMUP),
-        stale=StaleConfig(warmup_steps=WARMUP, correctors=list(method.correctors), anneal_steps=STEPS // 4),
+        stale=StaleConfig(
+            warmup_steps=WARMUP, correctors=list(method.correctors), feedback=method.feedback, anneal_steps=STEPS // 4
+        ),
         seed=cell.seed,
         grad_clip=1.0,
     )
     recipe = models.build(**asdict(model), vocab_size=256, seq_len=LENGTH)
-    training = DelayedTraining(recipe, even(LAYERS + 2, modules), cfg, delays)
+    training = DelayedTraining(recipe, even(cell.layers, modules), cfg, delays)
     validation = [windows(valid, torch.Generator().manual_seed(10_000 + i)) for i in range(VALID_BATCHES)]
     losses: list[float] = []
 
@@ -146,6 +156,20 @@ def run(cell: Cell) -> dict[str, Any]:
     started = time.perf_counter()
     training.train(batch, STEPS, after)
     return {**asdict(cell), "losses": losses, "seconds": time.perf_counter() - started}
+
+
+# What the reviewers of Ouroboros asked for: modules, one more than devices, and layers.
+EXTRAPOLATED = {"12 layers on 11 devices": (12, 12), "64 layers on 4 devices": (5, 64)}
+OF_EXTRAPOLATED = ("adamw", "rotated_adam + error_feedback 4", "rotated_adam refresh 1 + error_feedback 4")
+
+
+def extrapolated_cells() -> Iterator[Cell]:
+    """Seed 0: the methods that matter with all rates, and synchronous ones of the same depth."""
+    for modules, layers in EXTRAPOLATED.values():
+        for lr in RATES:
+            yield Cell("synchronous adamw", 0, lr, 0, layers)
+            for method in OF_EXTRAPOLATED:
+                yield Cell(method, modules, lr, 0, layers)
 
 
 def score(work: Path, cell: Cell) -> float:
@@ -206,11 +230,12 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.list:
-        cells = [*first_cells(), *further_cells(options.work)]
+        cells = [*first_cells(), *further_cells(options.work), *extrapolated_cells()]
         print(f"{sum(cell.path(options.work).exists() for cell in cells)} of {len(cells)} cells are done")
         return
     do_all(list(first_cells()), options.work, options.processes)
     do_all(list(further_cells(options.work)), options.work, options.processes)
+    do_all(list(extrapolated_cells()), options.work, options.processes)
 
 
 if __name__ == "__main__":

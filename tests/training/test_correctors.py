@@ -25,10 +25,12 @@ def some_gradients(*shape: int, number: int = 4) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(number)]
 
 
-def corrected(cfg: OptimizerConfig, correctors: list[str], late: int, gradients: list[Tensor]) -> Tensor:
+def corrected(
+    cfg: OptimizerConfig, correctors: list[str], late: int, gradients: list[Tensor], feedback: float = 1.0
+) -> Tensor:
     weight = nn.Parameter(torch.ones_like(gradients[0]))
     optimizer = build_optimizer(cfg, {"w": weight})
-    corrector = build_correctors(StaleConfig(correctors=correctors))
+    corrector = build_correctors(StaleConfig(correctors=correctors, feedback=feedback))
     for gradient in gradients:
         weight.grad = gradient.clone()
         with corrector.update(optimizer, {weight: late}):
@@ -43,6 +45,15 @@ def test_error_feedback_is_twice_the_update_less_the_one_before() -> None:
     for gradient in gradients:
         expected -= 0.1 * (2 * gradient - before)
         before = gradient
+    torch.testing.assert_close(found, expected)
+
+
+def test_feedback_that_takes_out_all_lag_leaves_the_newest_gradient() -> None:
+    """c = m / (1 - m) under an exponential mean m of gradients, as Adam has it."""
+    gradients, m = some_gradients(3), 0.8
+    cfg = SgdConfig(name="sgd", lr=0.1 * (1 - m), momentum=m)  # torch's momentum is that mean over 1 - m
+    found = corrected(cfg, ["error_feedback"], 3, gradients, feedback=m / (1 - m))
+    expected = 1 - 0.1 * ((1 - m) * gradients[0] + sum(gradients[1:], torch.zeros(3, dtype=torch.float64)))
     torch.testing.assert_close(found, expected)
 
 
