@@ -69,7 +69,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "autocast keeps copies of the old weights",
     ),
     ({"micro_batches": 4}, "micro_batches=4: schedule=ouroboros updates after every micro-batch"),
-    ({"micro_batches": "auto"}, "micro_batches=auto: under schedule=ouroboros they decide how stale gradients are"),
+    (
+        {"schedule": "bounded", "micro_batches": "auto"},
+        "micro_batches=auto: under schedule=bounded they decide how stale gradients are",
+    ),
+    (
+        {"data_parallel": "auto"},
+        "data_parallel=auto: under schedule=ouroboros the devices of a pipeline decide how stale gradients are",
+    ),
     (
         {"schedule": "pipedream_2bw", "devices": 4, "micro_batches": 3},
         "micro_batches=3: schedule=pipedream_2bw needs at least one for each of the 4 devices; use micro_batches=4",
@@ -120,5 +127,5 @@ def test_ouroboros_has_one_stage_more_than_devices() -> None:
 
 
 def test_the_planner_takes_the_steps_between_two_drains() -> None:
-    (choice,) = choices(stale(balance="auto"), 3, 8)
+    (choice,) = choices(stale(balance="auto", micro_batches="auto"), 3, 8)
     assert (choice.schedule, choice.num_microbatches, choice.num_steps) == ("ouroboros", 1, 100)

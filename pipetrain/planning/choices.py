@@ -111,7 +111,7 @@ def _stages_per_rank(cfg: Config, schedule: str, num_ranks: int) -> Iterator[int
 def _microbatches(cfg: Config, num_ranks: int) -> list[int]:
     """Of each replica. Powers of two: twice as many are seldom worth less than a twentieth of a step or more than a
     half of it."""
-    if cfg.micro_batches != AUTO or is_file(cfg.schedule):
+    if cfg.micro_batches != AUTO or is_file(cfg.schedule) or stale_family(cfg):
         return [replica_microbatches(cfg)]
     most = max(1, min(_MOST * num_ranks, cfg.batch_size // num_replicas(cfg) // least_samples(cfg)))
     powers = [2**n for n in range(most.bit_length())]

@@ -79,7 +79,7 @@ def _check_micro_batches(cfg: Config, name: str, num_ranks: int, problems: list[
             f"data_parallel=auto: under {name} the devices of a pipeline decide how stale gradients are, so it is not "
             "the planner's to choose; type a number"
         )
-    if cfg.micro_batches == AUTO:
+    if cfg.micro_batches == AUTO and cfg.schedule not in ONE_MICRO_BATCH:
         problems.append(
             f"micro_batches=auto: under {name} they decide how stale gradients are, so they are not the planner's to "
             "choose; type a number, or leave micro_batches out"
