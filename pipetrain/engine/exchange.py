@@ -42,33 +42,41 @@ class Exchange:
     def begin(self, schedule: Schedule) -> None:
         """Starts to run a schedule."""
         self._schedule = schedule
-        self._keys: dict[int, list[int]] = {}
+        self._keys: dict[int, list[int]] = {}  # by mini-batch, without a gap
+        first = schedule.placement[0]
+        # In the order in which keys are told.
+        self._ranks = [first, *(rank for rank in range(self._transport.num_ranks) if rank != first)]
+        self._place = self._ranks.index(self._transport.rank)
         self._ready: dict[_Message, Tensor | None] = {}
         self._posted: dict[_Message, Posted] = {}
         self._values_sent: dict[_Message, Sent] = {}
         self._gradients_sent: deque[Sent] = deque()
         self._told_now: list[Sent] = []
 
-    def say_keys(self, step: int, own: list[int] | None) -> None:
-        """Says of what kind each micro-batch of a mini-batch is; the rank of the first stage starts, each passes it on.
+    def unsaid(self, step: int) -> range:
+        """The mini-batches whose keys are to be said or heard when a rank comes to one.
 
-        Args:
-            own: on that rank what it says.
+        Each rank is some ahead, and one more than the rank that hears from it. So a receive, which must know its key
+        and stands some way before the action that needs it, never waits for what its neighbour does in that very step.
         """
-        first = self._schedule.placement[0]
-        ranks = [first, *(rank for rank in range(self._transport.num_ranks) if rank != first)]
-        place = ranks.index(self._transport.rank)
-        room = torch.zeros(self._schedule.num_microbatches, dtype=torch.int64)
-        keys = torch.tensor(own) if own is not None else self._transport.hear(room, ranks[place - 1], _KEY_TAG)
-        if place + 1 < len(ranks):
-            self._told_now.append(self._transport.tell(keys, ranks[place + 1], _KEY_TAG))
-        self._keys[step] = [int(key) for key in keys]
+        ahead = self._transport.num_ranks - self._place
+        return range(len(self._keys), min(step + ahead, self._schedule.num_steps - 1) + 1)
+
+    def say_keys(self, step: int, own: list[int]) -> None:
+        """On the rank of the first stage: says of what kind each micro-batch is. The others pass it on."""
+        self._pass_on(step, torch.tensor(own))
 
     def key(self, step: int, m: int) -> int:
         """The kind of a micro-batch."""
-        if step not in self._keys:
-            self.say_keys(step, None)
+        for each in self.unsaid(step):
+            room = torch.zeros(self._schedule.num_microbatches, dtype=torch.int64)
+            self._pass_on(each, self._transport.hear(room, self._ranks[self._place - 1], _KEY_TAG))
         return self._keys[step][m]
+
+    def _pass_on(self, step: int, keys: Tensor) -> None:
+        if self._place + 1 < len(self._ranks):
+            self._told_now.append(self._transport.tell(keys, self._ranks[self._place + 1], _KEY_TAG))
+        self._keys[step] = [int(key) for key in keys]
 
     def finish(self) -> None:
         """Waits until everything has left."""

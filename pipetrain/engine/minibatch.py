@@ -62,9 +62,6 @@ class MiniBatches:
         self.totals: dict[int, int] = {}
         self.seconds = 0.0
 
-    def is_new(self, step: int) -> bool:
-        return step not in self._pieces
-
     def get(self, step: int) -> Pieces:
         """
         Raises:

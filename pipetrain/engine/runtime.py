@@ -247,11 +247,10 @@ class Runtime:
 
     def _pieces(self, step: int) -> list[Tensors]:
         """The inputs of a mini-batch on the rank of the first stage, which tells the others what they are like."""
-        is_new = self._minibatches.is_new(step)
-        pieces = self._minibatches.get(step).inputs
-        if is_new:
-            self._exchange.say_keys(step, [key_of(piece, self._training) for piece in pieces])
-        return pieces
+        for each in self._exchange.unsaid(step):
+            pieces = self._minibatches.get(each).inputs
+            self._exchange.say_keys(each, [key_of(piece, self._training) for piece in pieces])
+        return self._minibatches.get(step).inputs
 
     def _stage(self, action: Action) -> Stage:
         stage = self.stages[action.stage]
