@@ -159,8 +159,9 @@ def _try_out(cfg: Config, recipe: Recipe, data: Prepared | None) -> None:
     rows = cfg.batch_size // num_microbatches(cfg)
     inputs, targets = open_data(cfg, data, "train").batch(0)
     try:
-        try_out(recipe, (inputs[:rows],), (targets[:rows],))
-        check_layers(recipe, (inputs[:rows],), (targets[:rows],))
+        some = tuple(tensor[:rows] for tensor in inputs)
+        try_out(recipe, some, (targets[:rows],))
+        check_layers(recipe, some, (targets[:rows],))
     except ConfigError as error:
         remedy = _remedy(cfg, str(error)) if isinstance(error, DoesNotFit) else ""
         raise ConfigError(

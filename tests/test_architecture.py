@@ -22,7 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedule": {"errors"},
     "garbage": set(),
     "sim": {"schedule", "costs", "errors", "garbage"},
-    "config": {"schedule"},
+    "groups": set(),
+    "config": {"groups", "schedule"},
     "derived": {"config", "schedule"},
     "rules": {"config", "derived", "errors", "devices", "suggest", "schedule"},
     "vision": set(),
@@ -73,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # The front end: may use anything below it, launch only inside the function that starts a run.
 FRONT = {"cli", "__main__", "argv", "mistakes", "help", "sweep", "footprint"}
-NO_TORCH = {"schedule", "sim", "config", "derived", "rules", "devices", *BASE, *FRONT} - {"seeds"}
+NO_TORCH = {"schedule", "sim", "config", "groups", "derived", "rules", "devices", *BASE, *FRONT} - {"seeds"}
 SEES_HYDRA = {"cli"}
 # What a guarantee is checked against must not be the engine itself: by no road through training either.
 OF_THE_REFERENCE = {

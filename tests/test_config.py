@@ -20,11 +20,13 @@ from pipetrain.config import (
     NadamConfig,
     RmspropConfig,
     RotatedAdamConfig,
+    Seq2SeqConfig,
     SgdConfig,
     SyntheticConfig,
     TextConfig,
     TransformerConfig,
     TransformerXLConfig,
+    TranslationConfig,
 )
 from pipetrain.derived import num_microbatches, num_stages, wanted_ranks
 from pipetrain.errors import ConfigError
@@ -98,6 +100,14 @@ def rmsprop(**changes: float) -> dict[str, Any]:
     return {"optimizer": RmspropConfig(name="rmsprop", **changes)}
 
 
+def seq2seq(**changes: Any) -> dict[str, Any]:
+    return {"model": Seq2SeqConfig(**changes), "data": TranslationConfig()}
+
+
+def translation(**changes: Any) -> dict[str, Any]:
+    return {"model": Seq2SeqConfig(), "data": TranslationConfig(**changes)}
+
+
 BAD = [
     ({"model": AnythingConfig()}, "model=anything needs model.factory"),
     ({"model": RESNET, "logit_clip": 5.0}, "logit_clip=5.0 is for pipetrain's own"),
@@ -148,6 +158,20 @@ BAD = [
     ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ({"micro_batches": 0}, "micro_batches=0 must be at least 1"),
     ({"data_parallel": 0}, "data_parallel=0 must be at least 1"),
+    (
+        {"data": TranslationConfig()},
+        "model=transformer does not go with data=translation: model=seq2seq and data=translation belong together",
+    ),
+    (seq2seq(embeddings="some"), "model.embeddings=some: no such choice. Choose one of: all, output, none"),
+    (seq2seq(norm="mid"), "model.norm=mid: no such choice. Choose one of: pre, post"),
+    (seq2seq(label_smoothing=1.0), "model.label_smoothing=1.0 must be at least 0 and below 1"),
+    (seq2seq(heads=0), "model.heads=0 must be at least 1"),
+    (seq2seq(d_model=33), "model=seq2seq needs an even model.d_model (got 33)"),
+    (translation(direction="to"), "data.direction=to: no such choice. Did you mean 'into'? Choose one of: into, from, both"),
+    (translation(sampling=1.5), "data.sampling=1.5 must be at least 0 (all languages alike)"),
+    (translation(valid_fraction=0.9, test_fraction=0.2), "must be at least 0 and leave something to train on"),
+    (translation(max_tokens=2), "data.max_tokens=2 must be at least 4"),
+    (translation(languages=["en"]), "data.languages=[en] must name languages that data.pivot=en is paired with"),
     ({"data_parallel": "two"}, "data_parallel=two must be a whole number or auto; try data_parallel=4"),
     (
         {"devices": 5, "data_parallel": 2},

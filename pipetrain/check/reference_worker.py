@@ -53,7 +53,7 @@ def _model(job: Job, device: torch.device) -> PlainModel:
     """The user's module as it is; its layers one after the other where it draws numbers between its modules' calls."""
     recipe = build_recipe(job.cfg, job.data)
     inputs, _ = open_data(job.cfg, job.data, "train").batch(0)
-    first = (to_device(inputs[:2], job.cfg, device),)
+    first = tuple(to_device(tensor[:2], job.cfg, device) for tensor in inputs)
     if recipe.whole is None or not PlainModel(recipe, job.cfg.seed, device).draws_outside_of_modules(first):
         return PlainModel(recipe, job.cfg.seed, device)
     return PlainModel(recipe, job.cfg.seed, device, as_layers=True)
@@ -65,4 +65,4 @@ def _batches(job: Job, device: torch.device, signals: Signals) -> Iterator[tuple
         if signals.request:
             raise _Stopped
         inputs, targets = data.batch(step)
-        yield (to_device(inputs, job.cfg, device),), (to_device(targets, job.cfg, device),)
+        yield tuple(to_device(x, job.cfg, device) for x in inputs), (to_device(targets, job.cfg, device),)

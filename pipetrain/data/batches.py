@@ -19,6 +19,9 @@ ONCE = "once"
 ORDERS = (SHUFFLED, CONTIGUOUS, ONCE)
 
 
+Batch = tuple[tuple[torch.Tensor, ...], torch.Tensor]  # what the model takes, and what the loss compares with
+
+
 class Batches(Protocol):
     """Batch 0, 1, 2, ... of one split, going on over epochs; the same number always gives the same batch.
 
@@ -35,8 +38,8 @@ class Batches(Protocol):
     def rows(self, index: int) -> int:
         """Samples in batch `index`, without reading it."""
 
-    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of the share of batch `index`."""
+    def batch(self, index: int) -> Batch:
+        """Of the share of batch `index`."""
 
     def targets(self, index: int) -> torch.Tensor:
         """Targets of the whole batch `index`, as cheaply as they can be had: the last stage needs nothing else."""
@@ -109,10 +112,10 @@ class TextBatches:
             return self.batch_size
         return min(self.batch_size, self._num_windows - index % self.num_batches * self.batch_size)
 
-    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, index: int) -> Batch:
         """Inputs and targets of the share of batch `index`: int64 [rows, seq_len] each, targets one token later."""
         windows = self._windows(self._starts(index)[self.share.rows(self.rows(index))])
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        return (windows[:, :-1].contiguous(),), windows[:, 1:].contiguous()
 
     def targets(self, index: int) -> torch.Tensor:
         """Targets of batch `index`: int64 [rows, seq_len]."""

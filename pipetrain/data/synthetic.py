@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pipetrain.data.batches import Batch
 from pipetrain.data.share import WHOLE, Share
 from pipetrain.errors import ConfigError
 from pipetrain.seeds import derive_seed
@@ -56,11 +57,11 @@ class SyntheticBatches:
         """Samples in batch `index`, without making it."""
         return min(self._batch_size, self._samples - index % self.num_batches * self._batch_size)
 
-    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, index: int) -> Batch:
         """Inputs float32 [rows, *shape] and class numbers int64 [rows] of the share of batch `index`."""
         samples = [self._sample(number) for number in self._numbers(index)[self.share.rows(self.rows(index))]]
         inputs = torch.stack([inputs for inputs, _ in samples]) if samples else torch.empty(0, *self._shape)
-        return inputs, torch.tensor([target for _, target in samples], dtype=torch.int64)
+        return (inputs,), torch.tensor([target for _, target in samples], dtype=torch.int64)
 
     def targets(self, index: int) -> torch.Tensor:
         """Class numbers int64 [rows] of batch `index`."""

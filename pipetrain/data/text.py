@@ -1,14 +1,10 @@
 """From text to files of token ids, once: everything that happens before a worker starts. Never imports torch."""
 
-import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import os
-import shutil
-import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipetrain.data import corpus
+from pipetrain.data.finished import finished_folder, write_synced
 from pipetrain.data.tokenizer import (
     BYTES,
     SENTENCEPIECE,
@@ -35,9 +32,7 @@ from pipetrain.errors import ConfigError
 
 FORMAT = 1  # raise it whenever the same text would give other files
 TRAINING_BYTES = 100_000_000  # a tokenizer is trained on at most so much, in blocks spread over a longer text
-ABANDONED_S = 24 * 3600.0  # what a killed process left unfinished is removed after so long
 MODEL_FILE = "tokenizer.model"
-ASIDE = ".pipetrain-"  # begins the name of a folder that is not finished
 log = logging.getLogger(__name__)
 
 
@@ -98,7 +93,11 @@ def prepare_text(
     root = Path(os.path.abspath(os.path.expanduser(cache_dir))) / "text"
     folder = root / _key(splits, tokenizer if model is None else hashlib.sha256(model).hexdigest(), pieces)
     try:
-        return _load(folder) or _make(folder, splits, model, tokenizer, pieces)
+        return finished_folder(
+            folder,
+            _load,
+            lambda aside: _fill(aside, splits, _tokenizer(aside, splits["train"], model, tokenizer, pieces)),
+        )
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
@@ -154,24 +153,6 @@ def _load(folder: Path) -> TokenFolder | None:
         return None
 
 
-def _make(
-    folder: Path, splits: Mapping[str, corpus.Text], model: bytes | None, tokenizer: str, vocab_size: int | None
-) -> TokenFolder:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
-    aside = folder.with_name(f"{ASIDE}{folder.name}-{uuid.uuid4().hex}")
-    aside.mkdir()
-    try:
-        _fill(aside, splits, _tokenizer(aside, splits["train"], model, tokenizer, vocab_size))
-        _publish(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    made = _load(folder)
-    if made is None:
-        raise OSError(f"{folder} was changed from outside while it was written")
-    return made
-
-
 def _tokenizer(aside: Path, train: corpus.Text, model: bytes | None, name: str, vocab_size: int | None) -> Tokenizer:
     """The tokenizer, trained if need be, its model written down."""
     if name == WORDS:
@@ -184,7 +165,7 @@ def _tokenizer(aside: Path, train: corpus.Text, model: bytes | None, name: str, 
         model = train_sentencepiece(itertools.islice(corpus.read_blocks(train), 0, None, every), vocab_size)
     if model is None:
         return ByteTokenizer()
-    _write(aside / MODEL_FILE, model)
+    write_synced(aside / MODEL_FILE, model)
     kind = WordTokenizer if name == WORDS else SentencePieceTokenizer
     return kind(model, MODEL_FILE)
 
@@ -211,32 +192,4 @@ def _fill(aside: Path, splits: Mapping[str, corpus.Text], tokenizer: Tokenizer) 
         "num_tokens": num_tokens,
         "num_bytes": num_bytes,
     }
-    _write(aside / "meta.json", json.dumps(meta, indent=2).encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(aside: Path, folder: Path) -> None:
-    """Renames into place. Where another process was first, its folder stays; a damaged one makes way."""
-    if _load(folder) is None:
-        with contextlib.suppress(FileNotFoundError):
-            damaged = aside.with_name(f"{aside.name}-damaged")
-            folder.rename(damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
-    try:
-        aside.rename(folder)
-    except OSError:
-        if _load(folder) is None:
-            raise
-
-
-def _remove_abandoned(root: Path) -> None:
-    for folder in root.glob(f"{ASIDE}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > ABANDONED_S:
-                shutil.rmtree(folder)
+    write_synced(aside / "meta.json", json.dumps(meta, indent=2).encode())

@@ -20,6 +20,17 @@ TRAINED = (SENTENCEPIECE, WORDS)  # on the text
 _ALL_WORDS = 10_000_000
 _WORD_BEGINS = "\u2581"  # how sentencepiece writes a space
 LINE_CHARACTERS = 4096  # longer lines are encoded in parts: a whole corpus may be one line
+# Byte-pair encoding that gives back exactly the text that it got.
+_AS_IT_IS: dict[str, Any] = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "max_sentence_length": 4 * LINE_CHARACTERS,
+    "minloglevel": 2,
+}
 Ids = npt.NDArray[np.integer[Any]]
 
 
@@ -172,15 +183,33 @@ def train_sentencepiece(blocks: Iterable[bytes], vocab_size: int) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(part for block in blocks for part, _ in line_parts(block) if part),
             model_writer=model,
-            model_type="bpe",
             vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=4 * LINE_CHARACTERS,
-            minloglevel=2,
+            **_AS_IT_IS,
+        )
+    except RuntimeError as error:
+        raise _training_error(str(error), vocab_size) from error
+    return model.getvalue()
+
+
+def train_joint(sentences: Iterable[str], vocab_size: int, symbols: Iterable[str]) -> bytes:
+    """As `train_sentencepiece`, for sentences of several languages: with a piece for padding, which is the first one,
+    and symbols that no text can have.
+
+    Raises:
+        ConfigError: if the sentences support fewer pieces, or need more.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=vocab_size,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            control_symbols=list(symbols),
+            **_AS_IT_IS,
         )
     except RuntimeError as error:
         raise _training_error(str(error), vocab_size) from error

@@ -7,6 +7,7 @@ from pipetrain.models.amoebanet import amoebanet
 from pipetrain.models.anything import anything
 from pipetrain.models.faithful import check_layers
 from pipetrain.models.recipe import BATCH, LayerRecipe, Recipe, Value
+from pipetrain.models.seq2seq import seq2seq
 from pipetrain.models.transformer import transformer
 from pipetrain.models.transformer_xl import transformer_xl
 from pipetrain.models.tryout import DoesNotFit, try_out
@@ -14,6 +15,7 @@ from pipetrain.models.tryout import DoesNotFit, try_out
 MODELS: dict[str, Callable[..., Recipe]] = {
     "amoebanet": amoebanet,
     "anything": anything,
+    "seq2seq": seq2seq,
     "transformer": transformer,
     "transformer_xl": transformer_xl,
 }

@@ -13,7 +13,7 @@ from pipetrain.profile.bench import Bench, Conditions
 from pipetrain.profile.counting import KernelTime
 from pipetrain.profile.observe import count
 from pipetrain.profile.store import Profile
-from pipetrain.training.data import open_data
+from pipetrain.training.data import full_batch
 from pipetrain.training.job import Job
 from pipetrain.training.optim import build_optimizer
 
@@ -26,7 +26,7 @@ def described_profile(job: Job, recipe: Recipe, signatures: Sequence[str], rows:
     """
     cfg, device = job.cfg, job.cfg.plan.device
     assert device is not None
-    inputs, targets = open_data(cfg, job.data, "train").batch(0)
+    inputs, targets = full_batch(cfg, job.data)
     at: list[str] = []
     observe = partial(
         count, make_optimizer=partial(build_optimizer, cfg.optimizer), time_of=kernel_time(device, cfg.precision)
@@ -37,11 +37,11 @@ def described_profile(job: Job, recipe: Recipe, signatures: Sequence[str], rows:
     bench, costs = Bench(recipe, signatures, conditions), {}
     for number in rows:
         # A batch of the data may have fewer samples than are planned for: only shapes count here.
-        some = [
-            torch.empty(number, *tensor.shape[1:], dtype=tensor.dtype, device="meta") for tensor in (inputs, targets)
+        *some, compared = [
+            torch.empty(number, *tensor.shape[1:], dtype=tensor.dtype, device="meta") for tensor in (*inputs, targets)
         ]
         try:
-            costs[number] = bench.run((some[0],), (some[1],))
+            costs[number] = bench.run(tuple(some), (compared,))
         except (RuntimeError, NotImplementedError) as error:
             raise ConfigError(
                 f"layer {at[-1]} cannot be planned for plan.device={device.name}, since it cannot run on tensors "

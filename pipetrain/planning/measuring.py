@@ -27,7 +27,7 @@ from pipetrain.profile.bench import Bench, Conditions, signatures_of
 from pipetrain.profile.observe import measure
 from pipetrain.profile.store import Profile
 from pipetrain.training.build import AUTOCAST, build_recipe
-from pipetrain.training.data import open_data, to_device
+from pipetrain.training.data import full_batch, to_device
 from pipetrain.training.job import Job
 from pipetrain.training.loop import Signals
 from pipetrain.training.memory import is_out_of_memory
@@ -134,14 +134,14 @@ def _costs_that_fit(
         announce=announce,
     )
     bench = Bench(recipe, signatures_of(recipe), conditions)
-    batch = open_data(cfg, job.data, "train").batch(0)
+    batch = full_batch(cfg, job.data)
     for number in rows:
         dist.barrier()
-        inputs, targets = (to_device(tensor[:number], cfg, device) for tensor in batch)
+        *inputs, targets = (to_device(tensor[:number], cfg, device) for tensor in (*batch[0], batch[1]))
         try:
             if not is_full:
                 with watch.running():
-                    costs[number] = bench.run((inputs,), (targets,))
+                    costs[number] = bench.run(tuple(inputs), (targets,))
         except (MemoryError, RuntimeError) as error:
             if not costs or not is_out_of_memory(error):
                 raise

@@ -16,7 +16,7 @@ from pipetrain.planning.choices import left_open
 from pipetrain.planning.measuring import cpu_name, run_measuring_worker
 from pipetrain.profile.signature import shown
 from pipetrain.profile.store import Profile, hashed, load, save
-from pipetrain.training.data import open_data
+from pipetrain.training.data import full_batch
 from pipetrain.training.job import Job
 from pipetrain.worker import num_threads
 
@@ -143,9 +143,9 @@ def about_of(job: Job, recipe: Recipe, signatures: Sequence[str], processes: int
         processes: that measure.
     """
     cfg = job.cfg
-    inputs, targets = open_data(cfg, job.data, "train").batch(0)
+    inputs, targets = full_batch(cfg, job.data)
     takes = [str(recipe.taken_by(place)) for place in range(len(recipe.layers))]
-    wanted = [f"{tensor.dtype}{tuple(tensor.shape[1:])}" for tensor in (inputs, targets)]
+    wanted = [f"{tensor.dtype}{tuple(tensor.shape[1:])}" for tensor in (*inputs, targets)]
     return {
         "layers": hashed([*signatures, *takes, shown(recipe.loss_sum)]),
         "samples": ", ".join(wanted),

@@ -21,9 +21,9 @@ from pipetrain.config import (
 )
 from pipetrain.derived import is_number
 from pipetrain.errors import ConfigError
-from pipetrain.rules.data import check_images, check_synthetic, check_text
+from pipetrain.rules.data import check_images, check_synthetic, check_text, check_translation
 from pipetrain.rules.lr_rules import LR_RULES, check_lr_rule
-from pipetrain.rules.models import check_amoebanet, check_anything, check_transformer
+from pipetrain.rules.models import INIT_SCALES, check_amoebanet, check_anything, check_seq2seq, check_transformer
 from pipetrain.rules.optimizers import check_optimizer
 from pipetrain.rules.pipeline import check_model, check_pipeline, check_recomputed_layers
 from pipetrain.rules.plan import check_plan
@@ -34,7 +34,6 @@ ACTIONS = ("train", "plan", "check")
 PRECISIONS = ("fp32", "bf16", "fp64")
 MESSAGES = ("exact", "bf16")
 LOGIT_CLIP_KINDS = ("hard", "soft")
-INIT_SCALES = ("none", "inverse_depth", "inverse_sqrt_depth")
 POSITIONS = ("learned", "sinusoidal")
 READING_ORDERS = ("shuffled", "contiguous")
 GENOTYPES = ("D", "B")
@@ -56,7 +55,8 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
     _check_ranges(cfg, problems)
     _check_choices(cfg, problems)
     check_pipeline(cfg, num_gpus, world_size, problems)
-    for check_part in (check_text, check_synthetic, check_images, check_transformer, check_anything, check_amoebanet):
+    of_data = (check_text, check_synthetic, check_images, check_translation)
+    for check_part in (*of_data, check_transformer, check_seq2seq, check_anything, check_amoebanet):
         check_part(cfg, problems)
     check_plan(cfg, problems)
     check_optimizer(cfg.optimizer, problems)

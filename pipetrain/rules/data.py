@@ -1,11 +1,13 @@
 """The rules about each kind of data. Each function adds a line for every rule that is broken."""
 
-from pipetrain.config import Config, ImagesConfig, SyntheticConfig, TextConfig
+from pipetrain.config import Config, ImagesConfig, SyntheticConfig, TextConfig, TranslationConfig
+from pipetrain.rules.words import shown
 from pipetrain.suggest import one_of
 
 IMAGE_SETS = ("digits", "fashion_mnist", "cifar10", "cifar100", "folder")
 AUGMENTATIONS = ("crop", "flip", "erase", "trivial")
 ON_ERROR = ("fail", "skip")
+DIRECTIONS = ("into", "from", "both")
 
 
 def check_text(cfg: Config, problems: list[str]) -> None:
@@ -24,6 +26,32 @@ def check_text(cfg: Config, problems: list[str]) -> None:
                 f"data.vocab_size={data.vocab_size} is only for data.tokenizer=sentencepiece and words; "
                 f"data.tokenizer={data.tokenizer} brings its own vocabulary"
             )
+
+
+def check_translation(cfg: Config, problems: list[str]) -> None:
+    data = cfg.data
+    if not isinstance(data, TranslationConfig):
+        return
+    if data.direction not in DIRECTIONS:
+        problems.append(f"data.direction={data.direction}: no such choice. {one_of(data.direction, DIRECTIONS)}")
+    fractions = (data.valid_fraction, data.test_fraction)
+    if min(fractions) < 0 or sum(fractions) >= 1:
+        problems.append(
+            f"data.valid_fraction={fractions[0]} and data.test_fraction={fractions[1]} must be at least 0 and leave "
+            "something to train on; 0.02 each is common"
+        )
+    if not 0 <= data.sampling <= 1:
+        problems.append(
+            f"data.sampling={data.sampling} must be at least 0 (all languages alike) and at most 1 (as they are)"
+        )
+    for key, value, least in (("max_tokens", data.max_tokens, 4), ("vocab_size", data.vocab_size, 1)):
+        if value < least:
+            problems.append(f"data.{key}={value} must be at least {least}")
+    if data.languages is not None and (not data.languages or data.pivot in data.languages):
+        problems.append(
+            f"data.languages={shown(data.languages)} must name languages that data.pivot={data.pivot} is paired with; "
+            "leave it out for all of them"
+        )
 
 
 def check_synthetic(cfg: Config, problems: list[str]) -> None:

@@ -6,18 +6,25 @@ from pipetrain.config import (
     AmoebaNetConfig,
     AnythingConfig,
     Config,
+    Seq2SeqConfig,
     SyntheticConfig,
     TextConfig,
     TransformerConfig,
     TransformerXLConfig,
+    TranslationConfig,
 )
 from pipetrain.derived import num_microbatches
 from pipetrain.rules.words import shown
+from pipetrain.suggest import one_of
+
+EMBEDDINGS = ("all", "output", "none")
+NORMS = ("pre", "post")
+INIT_SCALES = ("none", "inverse_depth", "inverse_sqrt_depth")
 
 
 def check_transformer(cfg: Config, problems: list[str]) -> None:
     if isinstance(cfg.model, TransformerConfig | TransformerXLConfig):
-        if not isinstance(cfg.data, TextConfig):
+        if not isinstance(cfg.data, TextConfig | TranslationConfig):
             problems.append(
                 f"data={cfg.data.name} gives numbers, but model={cfg.model.name} reads tokens; use data=text"
             )
@@ -40,6 +47,32 @@ def check_transformer(cfg: Config, problems: list[str]) -> None:
             problems.append(f"{what} needs an even model.d_model (got {model.d_model})")
     if isinstance(cfg.model, TransformerXLConfig):
         _check_memory(cfg, cfg.model, problems)
+
+
+def check_seq2seq(cfg: Config, problems: list[str]) -> None:
+    model, data = cfg.model, cfg.data
+    if isinstance(model, Seq2SeqConfig) != isinstance(data, TranslationConfig):
+        problems.append(
+            f"model={model.name} does not go with data={data.name}: model=seq2seq and data=translation belong together"
+        )
+    if not isinstance(model, Seq2SeqConfig):
+        return
+    for key in ("layers", "d_model", "d_ff", "heads", "head_width"):
+        if getattr(model, key) < 1:
+            problems.append(f"model.{key}={getattr(model, key)} must be at least 1")
+    for key in ("dropout", "label_smoothing"):
+        if not 0 <= getattr(model, key) < 1:
+            problems.append(f"model.{key}={getattr(model, key)} must be at least 0 and below 1")
+    choices = (
+        ("embeddings", model.embeddings, EMBEDDINGS),
+        ("norm", model.norm, NORMS),
+        ("init_scale", model.init_scale, INIT_SCALES),
+    )
+    for key, value, allowed in choices:
+        if value not in allowed:
+            problems.append(f"model.{key}={value}: no such choice. {one_of(value, allowed)}")
+    if model.d_model % 2:
+        problems.append(f"model={model.name} needs an even model.d_model (got {model.d_model})")
 
 
 def _check_memory(cfg: Config, model: TransformerXLConfig, problems: list[str]) -> None:

@@ -10,8 +10,17 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipetrain import models, schedule
-from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, TextConfig, TransformerXLConfig
+from pipetrain.config import (
+    AmoebaNetConfig,
+    AnythingConfig,
+    Config,
+    Seq2SeqConfig,
+    TextConfig,
+    TransformerXLConfig,
+    TranslationConfig,
+)
 from pipetrain.data.text import TokenFolder
+from pipetrain.data.translation.prepare import PairFolder
 from pipetrain.derived import num_replicas, replica_microbatches, stale_family
 from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.stage import Stage
@@ -44,6 +53,16 @@ def build_recipe(cfg: Config, prepared: Prepared | None) -> Recipe:
             )
         settings = facts._asdict() | {k: v for k, v in dataclasses.asdict(cfg.model).items() if v is not None}
         return models.build(**settings, forwards_per_step=replica_microbatches(cfg))
+    if isinstance(cfg.model, Seq2SeqConfig):
+        assert isinstance(cfg.data, TranslationConfig)
+        assert isinstance(prepared, PairFolder)
+        return models.build(
+            **dataclasses.asdict(cfg.model),
+            vocab_size=prepared.vocab_size,
+            max_tokens=cfg.data.max_tokens,
+            logit_clip=cfg.logit_clip,
+            logit_clip_kind=cfg.logit_clip_kind,
+        )
     assert isinstance(cfg.data, TextConfig)
     assert isinstance(prepared, TokenFolder)
     if isinstance(cfg.model, TransformerXLConfig) and max(cfg.model.cutoffs, default=0) >= prepared.vocab_size:

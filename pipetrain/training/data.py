@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipetrain.config import Config, ImagesConfig, SyntheticConfig, TextConfig
-from pipetrain.data.batches import CONTIGUOUS, ONCE, Batches, TextBatches
+from pipetrain.config import Config, ImagesConfig, SyntheticConfig, TextConfig, TranslationConfig
+from pipetrain.data.batches import CONTIGUOUS, ONCE, Batch, Batches, TextBatches
 from pipetrain.data.images.batches import ImageBatches
 from pipetrain.data.images.sets import KINDS, ImageSet, prepare_images
 from pipetrain.data.share import WHOLE, Share
 from pipetrain.data.synthetic import SyntheticBatches
 from pipetrain.data.text import TokenFolder, prepare_text
+from pipetrain.data.translation.batches import END, PairBatches
+from pipetrain.data.translation.prepare import PairFolder, prepare_pairs
 from pipetrain.derived import num_microbatches, num_replicas, remembers
 from pipetrain.engine.loss import Tensors
 
-Prepared = TokenFolder | ImageSet  # what is known of the data before a worker starts
+Prepared = TokenFolder | ImageSet | PairFolder  # what is known of the data before a worker starts
 
 
 def prepare_data(cfg: Config, say: Callable[[str], None]) -> Prepared | None:
@@ -51,6 +53,21 @@ def prepare_data(cfg: Config, say: Callable[[str], None]) -> Prepared | None:
             cache_dir=data.cache_dir,
             say=say,
         )
+    if isinstance(data, TranslationConfig):
+        pairs = prepare_pairs(
+            path=data.path,
+            languages=data.languages,
+            pivot=data.pivot,
+            vocab_size=data.vocab_size,
+            max_tokens=data.max_tokens,
+            sampling=data.sampling,
+            valid_fraction=data.valid_fraction,
+            test_fraction=data.test_fraction,
+            cache_dir=data.cache_dir,
+        )
+        for line in pairs.described():
+            say(line)
+        return pairs
     return None
 
 
@@ -78,6 +95,18 @@ def open_data(cfg: Config, prepared: Prepared | None, split: str, share: Share =
             workers=data.workers,
             share=share,
         )
+    if isinstance(data, TranslationConfig):
+        assert isinstance(prepared, PairFolder)
+        return PairBatches(
+            prepared,
+            split,
+            direction=data.direction,
+            max_tokens=data.max_tokens,
+            batch_size=cfg.batch_size,
+            sampling=data.sampling,
+            seed=cfg.seed,
+            share=share,
+        )
     assert isinstance(data, TextConfig)
     assert isinstance(prepared, TokenFolder)
     # What remembers reads every split in rows that go on.
@@ -91,6 +120,14 @@ def open_data(cfg: Config, prepared: Prepared | None, split: str, share: Share =
         seed=cfg.seed,
         share=share,
     )
+
+
+def full_batch(cfg: Config, prepared: Prepared | None) -> Batch:
+    """A batch as large as any: where batches differ, plans are made for that one."""
+    if not isinstance(cfg.data, TranslationConfig):
+        return open_data(cfg, prepared, "train").batch(0)
+    ids = torch.full((cfg.batch_size, cfg.data.max_tokens), END)
+    return (ids, ids), ids
 
 
 def share_of(cfg: Config, replica: int) -> Share:
@@ -110,7 +147,7 @@ def part_of_batch(
     """What a rank needs of its share of a batch: the first stage the inputs, the last one the targets."""
     inputs, targets = data.batch(index) if first else (None, own_targets(data, index) if last else None)
     return (
-        (to_device(inputs, cfg, device),) if inputs is not None else None,
+        tuple(to_device(tensor, cfg, device) for tensor in inputs) if inputs is not None else None,
         (to_device(targets, cfg, device),) if targets is not None and last else None,
     )
 
@@ -140,7 +177,7 @@ def image_facts(cfg: Config, prepared: Prepared | None) -> ImageFacts:
 
 def fingerprint(cfg: Config, prepared: Prepared | None) -> str:
     """Changes whenever the data, their split or what is made of them change."""
-    if isinstance(prepared, TokenFolder):
+    if isinstance(prepared, TokenFolder | PairFolder):
         return Path(prepared.folder).name
     return prepared.fingerprint if prepared is not None else cfg.data.name
 
@@ -151,4 +188,6 @@ def prepared_from(cfg: Config, raw: dict[str, Any] | None) -> Prepared | None:
         return None
     if isinstance(cfg.data, TextConfig):
         return TokenFolder(**raw)
+    if isinstance(cfg.data, TranslationConfig):
+        return PairFolder(**raw)
     return dataclasses.replace(ImageSet(**raw), classes=tuple(raw["classes"]))

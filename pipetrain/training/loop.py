@@ -11,6 +11,7 @@ import torch
 from pipetrain import config
 from pipetrain.data.images.sets import ImageSet
 from pipetrain.data.text import TokenFolder
+from pipetrain.data.translation.prepare import PairFolder
 from pipetrain.derived import num_stages
 from pipetrain.engine.minibatch import MiniBatch
 from pipetrain.engine.report import StepReport
@@ -120,7 +121,7 @@ class Trainer:
         self.console: Console | None = None
         self.metrics: Metrics | None = None
         if transport.rank == 0 and transport.replicas.number == 0:
-            counted = "tokens" if isinstance(job.data, TokenFolder) else "samples"
+            counted = "tokens" if self._counts_tokens else "samples"
             job.run.plan.write_text(plan.to_json())
             self.console = Console(self.step, self.last_step, counted=counted, quiet=job.record)
             shown = self.schedule if self.schedule.waits else self._build_schedule(steps_drawn(cfg, len(balance)))
@@ -170,6 +171,11 @@ class Trainer:
             if self.schedule.waits
             else StaleSteps(pieces, self._build_schedule, self.last_step)
         )
+
+    @property
+    def _counts_tokens(self) -> bool:
+        """Whether the loss is a mean over tokens."""
+        return isinstance(self.job.data, TokenFolder | PairFolder)
 
     def _fetch(self, step: int) -> MiniBatch:
         inputs, targets = self._batch(self.data, step)
@@ -262,9 +268,9 @@ class Trainer:
             "lr": learning_rate(self.cfg.optimizer.lr, self.cfg.lr_rule, self.step - 1),
             "grad/norm": report.grad_norm,
             "speed/step_s": step_s,
-            "speed/samples_per_s": self.cfg.batch_size / step_s,
+            "speed/samples_per_s": self.data.rows(self.step - 1) / step_s,
         }
-        if isinstance(self.job.data, TokenFolder):
+        if self._counts_tokens:
             values["speed/tokens_per_s"] = report.count / step_s
         if isinstance(self.job.data, ImageSet) and self.job.data.skipped:
             values["data/skipped"] = self.job.data.skipped
@@ -287,6 +293,8 @@ class Trainer:
             values["val/perplexity"] = math.exp(min(mean, 700.0))
             characters_per_token = tokens.num_bytes["valid"] / tokens.num_tokens["valid"]
             values["val/bits_per_character"] = mean / math.log(2) / characters_per_token
+        if "val/nll" in values:
+            values["val/perplexity"] = math.exp(min(values["val/nll"], 700.0))
         self._loss_val = values.get("loss/val")
         if self.metrics is not None and values:
             self.metrics.log(self.step, values)

@@ -146,9 +146,9 @@ class Plan:
 
     Attributes:
         num_microbatches: of each replica.
-        replicas: pipelines that share each mini-batch; the stages are those of the first one.
         bubble_fraction: with equal stages.
         prediction: where layers were measured.
+        replicas: pipelines that share each mini-batch; the stages are those of the first one.
     """
 
     stages: list[StagePlan]
@@ -156,8 +156,8 @@ class Plan:
     num_microbatches: int
     recompute: str | list[str]
     bubble_fraction: float
-    replicas: int = 1
     prediction: Prediction | None = None
+    replicas: int = 1
 
     @property
     def balance(self) -> list[int]:

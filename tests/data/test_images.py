@@ -52,7 +52,7 @@ def test_digits_come_with_scikit_learn_and_are_standardised() -> None:
     assert (images.size, images.channels, len(images.classes)) == (32, 1, 10)
     assert sum(images.num_images.values()) == 1797
     assert 0.08 < images.num_images["valid"] / 1797 < 0.12
-    all_of_them = batches(images, "valid", batch_size=images.num_images["valid"]).batch(0)[0]
+    all_of_them = batches(images, "valid", batch_size=images.num_images["valid"]).batch(0)[0][0]
     assert all_of_them.shape[1:] == (1, 32, 32)
     assert all_of_them.dtype is torch.float32
     assert float(all_of_them.mean()) == pytest.approx(0, abs=0.05)
@@ -68,30 +68,32 @@ def test_the_same_number_always_gives_the_same_batch_on_any_number_of_processes(
         other.batch(0)
         assert torch.equal(other.batch(number - 1)[1], batches(images).targets(number - 1))
         got = other.batch(number)
-        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[0][0], expected[0][0])
         assert torch.equal(got[1], expected[1])
     assert torch.equal(one.targets(number), expected[1])
-    assert not torch.equal(batches(images, seed=1).batch(number)[0], expected[0])
+    assert not torch.equal(batches(images, seed=1).batch(number)[0][0], expected[0][0])
 
 
 def test_an_epoch_has_each_image_once_and_the_next_one_in_another_order_and_augmented_anew() -> None:
     images = prepared()
     plain = batches(images, augment=())
-    epochs = [torch.cat([plain.batch(e * plain.num_batches + i)[0] for i in range(plain.num_batches)]) for e in (0, 1)]
+    epochs = [
+        torch.cat([plain.batch(e * plain.num_batches + i)[0][0] for i in range(plain.num_batches)]) for e in (0, 1)
+    ]
     assert len(epochs[0]) == images.num_images["train"] // 8 * 8
     assert not torch.equal(*epochs)
     assert len({image.numpy().tobytes() for image in epochs[0]}) > 0.99 * len(epochs[0])  # a few digits are alike
     augmented = batches(images)
     number = int(np.flatnonzero(augmented._samples.numbers(0) == augmented._samples.numbers(0)[0])[0])
-    first = augmented.batch(0)[0][number]
-    assert not torch.equal(first, plain.batch(0)[0][number])
+    first = augmented.batch(0)[0][0][number]
+    assert not torch.equal(first, plain.batch(0)[0][0][number])
 
 
 def test_augmentation_draws_from_the_epoch() -> None:
     images = prepared()
     reader = batches(images, batch_size=images.num_images["train"])
     order = [np.argsort(reader._samples.numbers(epoch)) for epoch in (0, 1)]
-    first, second = (reader.batch(epoch)[0][torch.from_numpy(order[epoch])] for epoch in (0, 1))
+    first, second = (reader.batch(epoch)[0][0][torch.from_numpy(order[epoch])] for epoch in (0, 1))
     same = sum(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert same < 0.1 * len(first)
 
@@ -103,8 +105,8 @@ def test_validation_images_come_as_they_are_once_and_in_order() -> None:
         *[50] * (valid.num_batches - 1),
         images.num_images["valid"] % 50 or 50,
     ]
-    assert torch.equal(valid.batch(0)[0], batches(images, "valid", batch_size=50, seed=9).batch(0)[0])
-    assert torch.equal(valid.batch(0)[0], valid.batch(valid.num_batches)[0])
+    assert torch.equal(valid.batch(0)[0][0], batches(images, "valid", batch_size=50, seed=9).batch(0)[0][0])
+    assert torch.equal(valid.batch(0)[0][0], valid.batch(valid.num_batches)[0][0])
 
 
 def test_the_users_randomness_is_left_alone() -> None:
@@ -125,7 +127,7 @@ def test_a_folder_with_train_and_val_is_read_as_imagenet_is(tmp_path: Path) -> N
     assert images.classes == ("cat", "dog")
     assert images.num_images == {"train": 9, "valid": 5}
     valid = batches(images, "valid")
-    x, y = valid.batch(0)
+    (x,), y = valid.batch(0)
     assert x.shape == (5, 3, 16, 16)
     assert y.tolist() == [0, 0, 1, 1, 1]
     kind = KINDS["folder"]
@@ -173,7 +175,7 @@ def test_images_of_every_mode_become_what_the_model_takes_over_white(mode: str, 
         folder.mkdir(parents=True)
         image.save(folder / "0.png", **({"transparency": 0} if mode == "P" else {}))
     images = prepared("folder", tmp_path / "photos", tmp_path, size=8, channels=channels, valid_fraction=0.0)
-    x, _ = batches(images, batch_size=3, augment=()).batch(0)
+    (x,), _ = batches(images, batch_size=3, augment=()).batch(0)
     assert x.shape == (3, channels, 8, 8)
     white = Augmentation((), 8, channels, KINDS["folder"].mean, KINDS["folder"].std, zoom=True)
     assert torch.allclose(x, white.standardised(torch.full_like(x, 255)), atol=0.02)  # grey is rounded
@@ -382,7 +384,7 @@ def _fashion(root: Path, images: int, labels: int) -> Path:
 def test_fashion_mnist_is_read_as_its_files_say(tmp_path: Path) -> None:
     images = prepared("fashion_mnist", _fashion(tmp_path, 12, 12), tmp_path)
     assert images.num_images == {"train": 12, "valid": 12}
-    x, y = batches(images, split="valid", batch_size=12).batch(0)
+    (x,), y = batches(images, split="valid", batch_size=12).batch(0)
     assert x.shape == (12, 1, 28, 28)
     assert y.tolist() == [n % 10 for n in range(12)]
 

@@ -12,7 +12,7 @@ def batches(split: str = "train", samples: int = 20, seed: int = 0, batch_size: 
 
 
 def test_a_batch_is_a_function_of_seed_split_and_number() -> None:
-    inputs, targets = batches().batch(1)
+    (inputs,), targets = batches().batch(1)
     assert (inputs.shape, inputs.dtype, targets.shape, targets.dtype) == (
         (8, 3, 4, 4),
         torch.float32,
@@ -21,24 +21,24 @@ def test_a_batch_is_a_function_of_seed_split_and_number() -> None:
     )
     again = batches()
     again.batch(0)
-    assert torch.equal(again.batch(1)[0], inputs)
+    assert torch.equal(again.batch(1)[0][0], inputs)
     for other in (batches(seed=1), batches(split="valid")):
-        assert not torch.equal(other.batch(1)[0], inputs)
-    assert torch.equal(batches(batch_size=4).batch(2)[0], inputs[:4])  # the batch size only groups the samples
+        assert not torch.equal(other.batch(1)[0][0], inputs)
+    assert torch.equal(batches(batch_size=4).batch(2)[0][0], inputs[:4])  # the batch size only groups the samples
 
 
 def test_epochs_drop_or_keep_the_rest() -> None:
     train, valid = batches(), batches("valid")
     assert (train.num_batches, train.rows(1), train.rows(2)) == (2, 8, 8)
     assert (valid.num_batches, valid.rows(2), len(valid.batch(2)[1])) == (3, 4, 4)
-    assert torch.equal(train.batch(2)[0], train.batch(0)[0])
+    assert torch.equal(train.batch(2)[0][0], train.batch(0)[0][0])
 
 
 def test_what_is_learned_from_one_split_holds_in_the_other() -> None:
     """The nearest mean colour tells the class of far more samples than chance does."""
-    inputs, targets = batches(samples=200, batch_size=200).batch(0)
+    (inputs,), targets = batches(samples=200, batch_size=200).batch(0)
     means = torch.stack([inputs[targets == c].mean((0, 2, 3)) for c in range(5)])
-    inputs, targets = batches("valid", samples=100, batch_size=100).batch(0)
+    (inputs,), targets = batches("valid", samples=100, batch_size=100).batch(0)
     guessed = torch.cdist(inputs.mean((2, 3)), means).argmin(1)
     assert float((guessed == targets).float().mean()) > 0.8
     assert set(targets.tolist()) == set(range(5))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipetrain.data import corpus
+from pipetrain.data import corpus, finished
 from pipetrain.data import text as text_module
 from pipetrain.data.batches import TextBatches
 from pipetrain.data.text import TokenFolder, prepare_text, token_dtype
@@ -246,7 +246,7 @@ def test_a_longer_text_trains_on_blocks_spread_over_it(
 
 def test_a_finished_folder_is_used_again(prepare: Prepare, article: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(article, tokenizer="sentencepiece", vocab_size=320)
-    monkeypatch.setattr(text_module, "_make", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(text_module, "_fill", lambda *_: pytest.fail("made again"))
     (article.parent / "copy.txt").write_text(SENTENCES)
     assert prepare(article, tokenizer="sentencepiece", vocab_size=320) == first
     assert prepare(article.parent / "copy.txt", tokenizer="sentencepiece", vocab_size=320) == first
@@ -332,7 +332,7 @@ def test_who_comes_second_keeps_the_first_ones_folder(
 
 
 def test_a_killed_process_leaves_nothing_half(prepare: Prepare, article: Path, tmp_path: Path) -> None:
-    kill = "import os, pipetrain.data.text as t\nt._publish = lambda *_: os.kill(os.getpid(), 9)\n"
+    kill = "import os, pipetrain.data.finished as t\nt._publish = lambda *_: os.kill(os.getpid(), 9)\n"
     process = run_python(kill + PREPARE, article, tmp_path / "cache")
     process.communicate()
     (abandoned,) = (tmp_path / "cache" / "text").iterdir()
@@ -355,7 +355,7 @@ def test_an_interrupted_one_clears_up(prepare: Prepare, article: Path, monkeypat
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(text_module, "_publish", interrupt)
+    monkeypatch.setattr(finished, "_publish", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(article)
     assert os.listdir(article.parent / "cache" / "text") == []
@@ -430,7 +430,7 @@ def test_a_full_disk_is_the_cache_folders_matter(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(text_module, "_write", full)
+    monkeypatch.setattr(text_module, "write_synced", full)
     with pytest.raises(ConfigError, match=r"data\.cache_dir=.* cannot be used \(No space left on device\)"):
         prepare(article)
     assert os.listdir(article.parent / "cache" / "text") == []
@@ -478,7 +478,7 @@ def test_a_split_that_does_not_hold_one_sample_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("order", ["shuffled", "contiguous", "once"])
 @pytest.mark.parametrize("vocab_size", [60_000, 70_000])
 def test_targets_are_the_next_tokens(tmp_path: Path, order: str, vocab_size: int) -> None:
-    inputs, targets = batches(made(100, tmp_path, vocab_size), order).batch(2)
+    (inputs,), targets = batches(made(100, tmp_path, vocab_size), order).batch(2)
     assert inputs.shape == targets.shape == (3, 4)
     assert str(inputs.dtype) == str(targets.dtype) == "torch.int64"
     assert inputs.is_contiguous()
@@ -488,7 +488,7 @@ def test_targets_are_the_next_tokens(tmp_path: Path, order: str, vocab_size: int
 
 def starts(reader: TextBatches, epoch: int) -> list[int]:
     first = epoch * reader.num_batches
-    rows = [reader.batch(first + i)[0][:, 0].tolist() for i in range(reader.num_batches)]
+    rows = [reader.batch(first + i)[0][0][:, 0].tolist() for i in range(reader.num_batches)]
     return [start for row in rows for start in row]
 
 
@@ -527,25 +527,25 @@ def test_a_batch_is_a_function_of_its_number_alone(tmp_path: Path, order: str) -
     expected = [run_through.batch(i) for i in range(25)]
     for index in (24, 3, 13, 0):
         resumed = pickle.loads(pickle.dumps(batches(tokens, order))).batch(index)
-        assert (resumed[0] == expected[index][0]).all()
+        assert (resumed[0][0] == expected[index][0][0]).all()
         assert (resumed[1] == expected[index][1]).all()
-        assert len(resumed[0]) == run_through.rows(index)
+        assert len(resumed[1]) == run_through.rows(index)
 
 
 def test_contiguous_rows_read_on_where_they_stopped(tmp_path: Path) -> None:
     reader = batches(made(100, tmp_path), "contiguous")
     assert reader.num_batches == 8
     seen = [reader.batch(i) for i in range(reader.num_batches)]
-    for (_, before), (after, _) in itertools.pairwise(seen):
+    for (_, before), ((after,), _) in itertools.pairwise(seen):
         assert (after[:, 0] == before[:, -1]).all()  # a row's first input is its last target
-    assert seen[0][0][:, 0].tolist() == [0, 33, 66]
-    assert (reader.batch(reader.num_batches)[0] == seen[0][0]).all()
+    assert seen[0][0][0][:, 0].tolist() == [0, 33, 66]
+    assert (reader.batch(reader.num_batches)[0][0] == seen[0][0][0]).all()
 
 
 @pytest.mark.parametrize("count", range(13, 60))
 def test_contiguous_never_reads_past_the_text(tmp_path: Path, count: int) -> None:
     reader = batches(made(count, tmp_path), "contiguous")
-    inputs, targets = reader.batch(reader.num_batches - 1)
+    (inputs,), targets = reader.batch(reader.num_batches - 1)
     assert (targets == inputs + 1).all()
     assert int(targets.max()) < count
 
@@ -554,12 +554,12 @@ def test_once_reads_every_window_in_order_with_a_short_last_batch(tmp_path: Path
     reader = batches(made(4 * 7 + 3, tmp_path), "once")
     assert reader.num_batches == 3
     assert [reader.rows(i) for i in range(4)] == [3, 3, 1, 3]
-    assert [len(reader.batch(i)[0]) for i in range(3)] == [3, 3, 1]
+    assert [len(reader.batch(i)[0][0]) for i in range(3)] == [3, 3, 1]
     assert starts(reader, 0) == starts(reader, 1) == list(range(0, 28, 4))
 
 
 def test_once_needs_no_full_batch(tmp_path: Path) -> None:
-    assert batches(made(5, tmp_path), "once", batch_size=64).batch(0)[0].tolist() == [[0, 1, 2, 3]]
+    assert batches(made(5, tmp_path), "once", batch_size=64).batch(0)[0][0].tolist() == [[0, 1, 2, 3]]
 
 
 def test_a_batch_of_a_large_file_does_not_load_it(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_evaluation_sees_the_average(tmp_path: Path) -> None:
     data = open_data(cfg, tokens, "valid")
     batches = [data.batch(index) for index in range(data.num_batches)]
     with torch.no_grad():
-        total = sum(float(recipe.loss_sum(model(inputs), (targets,))) for inputs, targets in batches)
+        total = sum(float(recipe.loss_sum(model(*inputs), (targets,))) for inputs, targets in batches)
     mean = total / sum(targets.numel() for _, targets in batches)
     assert metrics(tmp_path, "run")[-1]["loss/val"] == pytest.approx(mean, rel=1e-5)
 

@@ -269,7 +269,7 @@ def test_evaluation_covers_the_split_once_without_dropout(tmp_path: Path) -> Non
     total = count = 0.0
     with torch.no_grad():
         for index in range(data.num_batches):
-            inputs, targets = data.batch(index)
+            (inputs,), targets = data.batch(index)
             total += float(recipe.loss_sum(model(inputs), (targets,)))
             count += targets.numel()
     row = metrics(tmp_path, "run")[-1]

@@ -10,6 +10,7 @@ from test_memory_of_segments import xl
 from torch import Tensor
 
 from pipetrain.config import AmoebaNetConfig, CheckpointConfig, EvalConfig, SgdConfig, StaleConfig, SyntheticConfig
+from pipetrain.data.batches import Batch
 from pipetrain.data.share import Share
 from pipetrain.data.synthetic import SyntheticBatches
 from pipetrain.errors import NonFiniteError
@@ -165,11 +166,11 @@ def test_a_signal_to_any_rank_stops_all(tmp_path: Path, rank: int) -> None:
 def test_nan_in_the_samples_of_one_replica_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = SyntheticBatches.batch
 
-    def broken(self: SyntheticBatches, index: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = batch(self, index)
+    def broken(self: SyntheticBatches, index: int) -> Batch:
+        (inputs,), targets = batch(self, index)
         if self.share.replica == 1:
             inputs[-1] = float("nan")
-        return inputs, targets
+        return (inputs,), targets
 
     monkeypatch.setattr(SyntheticBatches, "batch", broken)
     model = AmoebaNetConfig(layers=3, filters=4)

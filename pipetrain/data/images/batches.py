@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipetrain.data.batches import Batch
 from pipetrain.data.images.augment import Augmentation
 from pipetrain.data.images.read import Images, Unreadable
 from pipetrain.data.images.sets import KINDS, TRAIN, ImageSet, open_images
@@ -133,7 +134,7 @@ class ImageBatches:
         """Class numbers int64 [rows], without looking at an image."""
         return torch.from_numpy(self._samples.images.labels[self._samples.numbers(index)])
 
-    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+    def batch(self, index: int) -> Batch:
         """Of the share of batch `index`: images float32 [rows, channels, size, size], standardised, and class numbers
         int64 [rows].
 
@@ -148,7 +149,7 @@ class ImageBatches:
         self._ahead = index + 1, stream
         if isinstance(made, str):
             raise DataError(f"{made}; replace it, or leave such images out: data.on_error=skip")
-        return made, self.targets(index)[self.share.rows(self.rows(index))]
+        return (made,), self.targets(index)[self.share.rows(self.rows(index))]
 
     def _loader(self, first: int) -> Iterable[Tensor | str]:
         """All batches from one on, in training without an end; each worker makes whole batches."""
