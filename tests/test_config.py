@@ -160,14 +160,17 @@ BAD = [
     ({"data_parallel": 0}, "data_parallel=0 must be at least 1"),
     (
         {"data": TranslationConfig()},
-        "model=transformer does not go with data=translation: model=seq2seq and data=translation belong together",
+        "model=transformer does not go with data=translation; use model=seq2seq, or leave data=translation out",
     ),
     (seq2seq(embeddings="some"), "model.embeddings=some: no such choice. Choose one of: all, output, none"),
     (seq2seq(norm="mid"), "model.norm=mid: no such choice. Choose one of: pre, post"),
     (seq2seq(label_smoothing=1.0), "model.label_smoothing=1.0 must be at least 0 and below 1"),
     (seq2seq(heads=0), "model.heads=0 must be at least 1"),
     (seq2seq(d_model=33), "model=seq2seq needs an even model.d_model (got 33)"),
-    (translation(direction="to"), "data.direction=to: no such choice. Did you mean 'into'? Choose one of: into, from, both"),
+    (
+        translation(direction="to"),
+        "data.direction=to: no such choice. Did you mean 'into'? Choose one of: into, from, both",
+    ),
     (translation(sampling=1.5), "data.sampling=1.5 must be at least 0 (all languages alike)"),
     (translation(valid_fraction=0.9, test_fraction=0.2), "must be at least 0 and leave something to train on"),
     (translation(max_tokens=2), "data.max_tokens=2 must be at least 4"),
@@ -175,7 +178,7 @@ BAD = [
     ({"data_parallel": "two"}, "data_parallel=two must be a whole number or auto; try data_parallel=4"),
     (
         {"devices": 5, "data_parallel": 2},
-        "5 devices cannot be shared evenly by data_parallel=2 replicas; use devices=4",
+        "5 devices cannot be shared evenly by data_parallel=2 replicas; use data_parallel=1 or 5, or devices=4",
     ),
     (
         {"devices": 4, "data_parallel": 4, "micro_batches": 6},

@@ -47,6 +47,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stale__warmup_steps": -1}, "stale.warmup_steps=-1 must be at least 0"),
     ({"stale__drain_every": 0}, "stale.drain_every=0 must be at least 1"),
     ({"stale__anneal_steps": 0}, "stale.anneal_steps=0 must be at least 1"),
+    ({"stale__feedback": 4.0}, "stale.feedback=4 is for stale.correctors=[error_feedback]; type that as well"),
     ({"stale__feedback": 0.0}, "stale.feedback=0.0 must be greater than 0 and finite"),
     (
         {"stale__correctors": ["pipemare", "eror_feedback"]},

@@ -52,8 +52,9 @@ def check_transformer(cfg: Config, problems: list[str]) -> None:
 def check_seq2seq(cfg: Config, problems: list[str]) -> None:
     model, data = cfg.model, cfg.data
     if isinstance(model, Seq2SeqConfig) != isinstance(data, TranslationConfig):
+        use = "data=translation" if isinstance(model, Seq2SeqConfig) else "model=seq2seq"
         problems.append(
-            f"model={model.name} does not go with data={data.name}: model=seq2seq and data=translation belong together"
+            f"model={model.name} does not go with data={data.name}; use {use}, or leave data={data.name} out"
         )
     if not isinstance(model, Seq2SeqConfig):
         return

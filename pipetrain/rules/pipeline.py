@@ -89,7 +89,11 @@ def _check_replicas(cfg: Config, num_devices: int, problems: list[str]) -> int:
         )
     if num_devices % replicas:
         near = max(1, round(num_devices / replicas)) * replicas
-        problems.append(f"{num_devices} devices cannot be shared evenly by {given} replicas; use devices={near}")
+        divisors = [str(n) for n in range(1, num_devices + 1) if num_devices % n == 0]
+        problems.append(
+            f"{num_devices} devices cannot be shared evenly by {given} replicas; use data_parallel="
+            f"{' or '.join(divisors)}, or devices={near}"
+        )
         return 0
     return num_devices // replicas
 

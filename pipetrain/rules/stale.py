@@ -32,6 +32,11 @@ def check_stale(cfg: Config, num_ranks: int, problems: list[str]) -> None:
             problems.append(f"stale.{key}={number} must be at least {least}")
     if not 0 < stale.feedback < math.inf:
         problems.append(f"stale.feedback={stale.feedback} must be greater than 0 and finite; 1 to 8 are common values")
+    elif stale.feedback != 1 and "error_feedback" not in stale.correctors:
+        problems.append(
+            f"stale.feedback={stale.feedback:g} is for stale.correctors=[error_feedback]; type that as well, or leave "
+            "it out"
+        )
     if stale_family(cfg) is None or stale.drain_every < 1:
         return
     name = f"schedule={cfg.schedule}"

@@ -78,10 +78,19 @@ def test_aligned_files_of_one_language(tmp_path: Path) -> None:
     folder = write(
         tmp_path, {"train.de": "eins\nzwei\n", "train.en": "one\ntwo\n", "valid.de": "drei", "valid.en": "three"}
     )
-    found = find_pairs(str(folder), "en", HALF)
+    found = find_pairs(str(folder), "en", Fractions(0.5, 0.0))
     assert found.pairs == {
         "de": {"train": [("eins", "one"), ("zwei", "two")], "valid": [("drei", "three")], "test": []}
     }
+
+
+def test_a_split_without_a_file_is_held_out_of_the_training(tmp_path: Path) -> None:
+    lines = "\n".join(map(str, range(300)))
+    folder = write(tmp_path, {"train.de": lines, "train.en": lines, "test.de": "x", "test.en": "y"})
+    pairs = find_pairs(str(folder), "en", Fractions(0.25, 0.25)).pairs["de"]
+    assert len(pairs["train"]) + len(pairs["valid"]) == 300
+    assert 50 < len(pairs["valid"]) < 100
+    assert pairs["test"] == [("x", "y")]
 
 
 def test_tables_and_the_split_that_follows_from_the_pivot(tmp_path: Path) -> None:
@@ -141,12 +150,21 @@ def test_djangos_messages_are_there_without_a_download() -> None:
         ({"de.tsv": "eins\tone\nzwei\n"}, "de.tsv, line 2 has 0 tabs"),
         ({"readme.md": "nothing"}, "has no pairs of sentences with en (data.pivot)"),
         ({"de.mo": b"not a catalogue"}, "de.mo cannot be read as a catalogue"),
+        ({"de.po": b'msgid "a"\nmsgstr "\xff"\n'}, "de.po, line 2 is no UTF-8"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, files: dict[str, str | bytes], text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         find_pairs(str(write(tmp_path, files)), "en", HALF)
     assert text.format(tmp_path) in str(caught.value)
+
+
+def test_a_pivot_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="data.pivot=de, but gettext catalogues are paired with what stands in the"):
+        find_pairs(None, "de", HALF)
+    folder = write(tmp_path, {"de.tsv": "eins\tone\n"})
+    with pytest.raises(ConfigError, match="data.pivot=de is also a language of data.path="):
+        find_pairs(str(folder), "de", HALF)
 
 
 def test_what_is_asked_for_and_not_there(tmp_path: Path) -> None:
@@ -156,7 +174,9 @@ def test_what_is_asked_for_and_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.languages has dd, of which there are no pairs. Choose one of: de"):
         prepared(folder, languages=["dd"])
     write(folder, {"valid.en-fr.fr": "un\n", "valid.en-fr.en": "one\n"})
-    with pytest.raises(ConfigError, match=r"has no pairs to train fr on; leave it out of data.languages"):
+    with pytest.raises(
+        ConfigError, match=r"no pairs to train fr on \(0 have an empty side\); leave it out: data.languages=\[de\]"
+    ):
         prepared(folder)
     with pytest.raises(ConfigError, match="is more than this text supports"):
         prepared(folder, languages=["de"], vocab_size=50_000)

@@ -5,8 +5,9 @@
     de.tsv                            a language and the pivot, with a tab between; a folder of them, or one file
     de.po  locale/de/LC_MESSAGES/*.mo catalogues: what stands in the program, which is in English, and its translation
 
-All pairs are of some language and one common to all, the pivot. Files of a catalogue or a table have no splits: there a
-pair's split follows from what it says in the pivot, so that a sentence is in one split in all languages.
+All pairs are of some language and one common to all, the pivot; that of catalogues is English. Tables and catalogues
+have no splits, and line files may lack some: there a pair's split follows from what it says in the pivot, so that a
+sentence is in one split in all languages.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from pipetrain.errors import ConfigError
 TRAIN, VALID, TEST = SPLITS = ("train", "valid", "test")
 Pair = tuple[str, str]  # in the language, and in the pivot
 _ALIGNED = re.compile(r"(train|valid|test)(?:\.([\w@]+)-([\w@]+))?\.([\w@]+)")
-_LANGUAGE_FOLDER = "LC_MESSAGES"
+_LANGUAGE_FOLDER, _PROGRAMS = "LC_MESSAGES", "en"
 
 
 @dataclass
@@ -51,6 +52,10 @@ class Fractions:
     valid: float
     test: float
 
+    @property
+    def shares(self) -> dict[str, float]:
+        return {VALID: self.valid, TEST: self.test}
+
     def split_of(self, text: str) -> str:
         place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
         return TEST if place < self.test else VALID if place < self.test + self.valid else TRAIN
@@ -72,11 +77,16 @@ def find_pairs(path: str | None, pivot: str, fractions: Fractions) -> Found:
         files = [root]
     else:
         raise ConfigError(f"data.path={path} is neither a file nor a folder")
-    _add_aligned(found, files, pivot)
+    _add_aligned(found, files, pivot, fractions)
     for file in files:
         if file.suffix == ".tsv":
             _add_undivided(found, file.stem, _table(file), fractions)
-    _add_catalogues(found, files, fractions)
+    _add_catalogues(found, files, pivot, fractions)
+    if pivot in found.pairs:
+        raise ConfigError(
+            f"data.pivot={pivot} is also a language of data.path={path}, whose files are paired with another one; use "
+            "that one as data.pivot (en for catalogues)"
+        )
     if not found.pairs:
         raise ConfigError(
             f"data.path={path} has no pairs of sentences with {pivot} (data.pivot); expected are files such as "
@@ -104,9 +114,9 @@ def _add_undivided(found: Found, language: str, pairs: Iterable[Pair], fractions
 # ---- line files ------------------------------------------------------------------------------------------------------
 
 
-def _add_aligned(found: Found, files: Iterable[Path], pivot: str) -> None:
-    """Each file of a language with that of the pivot beside it."""
-    there = set(files)
+def _add_aligned(found: Found, files: Iterable[Path], pivot: str, fractions: Fractions) -> None:
+    """Each file of a language with that of the pivot beside it. Splits without a file are held out of the training."""
+    there, by_language = set(files), dict[str, dict[str, list[Pair]]]()
     for file in files:
         match = _ALIGNED.fullmatch(file.name)
         if match is None:
@@ -116,7 +126,14 @@ def _add_aligned(found: Found, files: Iterable[Path], pivot: str) -> None:
             continue
         beside = file.with_name(f"{file.name.removesuffix(language)}{pivot}")
         if beside in there:
-            found.add(language, split, _aligned(file, beside))
+            by_language.setdefault(language, {}).setdefault(split, []).extend(_aligned(file, beside))
+    for language, splits in by_language.items():
+        missing = Fractions(*(0.0 if split in splits else share for split, share in fractions.shares.items()))
+        for split, pairs in splits.items():
+            if split == TRAIN:
+                _add_undivided(found, language, pairs, missing)
+            else:
+                found.add(language, split, pairs)
 
 
 def _aligned(file: Path, beside: Path) -> list[Pair]:
@@ -152,7 +169,7 @@ def _table(file: Path) -> Iterator[Pair]:
 # ---- catalogues ------------------------------------------------------------------------------------------------------
 
 
-def _add_catalogues(found: Found, files: Iterable[Path], fractions: Fractions) -> None:
+def _add_catalogues(found: Found, files: Iterable[Path], pivot: str, fractions: Fractions) -> None:
     """Of a catalogue in both forms the readable one is taken. What several catalogues say alike counts once."""
     there = set(files)
     pairs: dict[str, dict[Pair, None]] = {}
@@ -162,6 +179,11 @@ def _add_catalogues(found: Found, files: Iterable[Path], fractions: Fractions) -
             pairs.setdefault(file.parent.parent.name if in_folder else file.stem, {}).update(
                 dict.fromkeys(_catalogue(file))
             )
+    if pairs and pivot != _PROGRAMS:
+        raise ConfigError(
+            f"data.pivot={pivot}, but gettext catalogues are paired with what stands in the program, which is in "
+            "English; use data.pivot=en, with data.direction=from to translate from it"
+        )
     for language, its in pairs.items():
         if any(one != other for one, other in its):  # the program's own language has itself
             _add_undivided(found, language, its, fractions)
@@ -173,6 +195,8 @@ def _catalogue(file: Path) -> Iterator[Pair]:
     try:
         entries = polib.pofile(str(file)) if file.suffix == ".po" else polib.mofile(str(file))
     except (OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError) and file.suffix == ".po":
+            list(_lines(file))  # which names the line
         raise ConfigError(f"{file} cannot be read as a catalogue ({error})") from error
     for entry in entries:
         if entry.obsolete or "fuzzy" in getattr(entry, "flags", ()):

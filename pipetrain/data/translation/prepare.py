@@ -161,7 +161,11 @@ def _wanted(found: Found, languages: Sequence[str] | None, path: str | None) -> 
     wanted = {language: found.pairs[language] for language in sorted(languages or found.pairs)}
     for language, splits in wanted.items():
         if not splits[TRAIN]:
-            raise ConfigError(f"data.path={path} has no pairs to train {language} on; leave it out of data.languages")
+            others = ",".join(other for other in wanted if wanted[other][TRAIN]) or "..."
+            raise ConfigError(
+                f"data.path={path} has no pairs to train {language} on ({found.empty[language]} have an empty side); "
+                f"leave it out: data.languages=[{others}]"
+            )
     return wanted
 
 
