@@ -111,6 +111,8 @@ def _describe(type_: Any) -> tuple[str, bool]:
     if isinstance(type_, types.UnionType):
         inner = next(arg for arg in typing.get_args(type_) if arg is not type(None))
         return names.get(inner, str(inner)), True
+    if typing.get_origin(type_) is list and typing.get_args(type_) == (int,):
+        return "a list of whole numbers in brackets, such as [2,3]", False
     if _takes_list(type_):
         return "a list of numbers in brackets, such as [0.9,0.95]", False
     return names.get(type_, "a value"), False

@@ -169,7 +169,7 @@ BAD = [
     (seq2seq(d_model=33), "model=seq2seq needs an even model.d_model (got 33)"),
     (
         translation(direction="to"),
-        "data.direction=to: no such choice. Did you mean 'into'? Choose one of: into, from, both",
+        "data.direction=to: no such choice. Did you mean 'into'?",
     ),
     (translation(sampling=1.5), "data.sampling=1.5 must be at least 0 (all languages alike)"),
     (translation(valid_fraction=0.9, test_fraction=0.2), "must be at least 0 and leave something to train on"),

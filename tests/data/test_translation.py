@@ -160,10 +160,10 @@ def test_damaged_files_are_named(tmp_path: Path, files: dict[str, str | bytes], 
 
 
 def test_a_pivot_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="data.pivot=de, but gettext catalogues are paired with what stands in the"):
+    with pytest.raises(ConfigError, match=r"data.pivot=de, but gettext catalogues are paired with what stands in the"):
         find_pairs(None, "de", HALF)
     folder = write(tmp_path, {"de.tsv": "eins\tone\n"})
-    with pytest.raises(ConfigError, match="data.pivot=de is also a language of data.path="):
+    with pytest.raises(ConfigError, match=r"data.pivot=de is also a language of data.path="):
         find_pairs(str(folder), "de", HALF)
 
 
