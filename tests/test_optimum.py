@@ -105,6 +105,7 @@ def test_least_variance_has_the_least_sum_of_squares_of_all_balances(hundred: in
             assert squares_of(chain, seats, least_variance(chain, seats)) == least, number
 
 
+@pytest.mark.slow
 def test_the_leanest_balance_needs_the_least_memory() -> None:
     for number in range(300):
         chain, seats = random_case(number)

@@ -241,6 +241,7 @@ def test_a_batch_has_no_more_than_its_tokens_and_no_fewer_than_its_rows(pairs: P
         assert len(source) >= 4
 
 
+@pytest.mark.slow
 def test_little_is_padding() -> None:
     """Below a tenth, on real sentences."""
     made = prepared_djangos()

@@ -9,6 +9,7 @@ from pipetrain.engine.local import run_ranks
 from pipetrain.planning.engine_cost import engine_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_all_ranks_find_the_same(num_ranks: int) -> None:
     found = run_ranks(num_ranks, lambda transport: engine_s(transport, torch.device("cpu")))

@@ -90,6 +90,7 @@ def test_what_is_saved_has_the_names_of_the_module(tmp_path: Path) -> None:
     assert torch.equal(plain.frozen, torch.ones(6, 1, 1))
 
 
+@pytest.mark.slow
 def test_it_learns_what_synthetic_data_teaches(tmp_path: Path) -> None:
     cfg = images(steps=60, batch_size=10, eval=EvalConfig(every=60))
     run(tmp_path, "run", 2, cfg)

@@ -73,6 +73,7 @@ def red_or_not() -> Any:
     return nn.Sequential(nn.Identity(), Red())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_sees_the_images_that_one_without_a_break_sees(tmp_path: Path) -> None:
     run(tmp_path, "whole", 1, digits(tmp_path))
     run(tmp_path, "parts", 2, digits(tmp_path, steps=2))

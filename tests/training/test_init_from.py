@@ -62,6 +62,7 @@ def test_a_run_starts_from_the_weights_or_their_average(tmp_path: Path, ema: flo
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 3])
 def test_a_new_head_is_initialised_as_usual_and_the_rest_with_its_statistics_is_taken(
     tmp_path: Path, stages: int

@@ -185,6 +185,7 @@ def test_a_signal_during_an_evaluation_gives_it_up_and_saves(tmp_path: Path) -> 
     assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["shuffled", "contiguous"])
 def test_resume_goes_on_in_the_data_across_epochs(tmp_path: Path, order: str) -> None:
     from pipetrain.config import LrRuleConfig, TextConfig

@@ -45,6 +45,7 @@ def test_runs_are_the_same_bits_on_1_2_and_4_stages(tmp_path: Path) -> None:
         assert_same(saved(tmp_path, name, 6), saved(tmp_path, "1", 6))
 
 
+@pytest.mark.slow
 def test_resumed_on_other_stages_equals_never_stopped_also_over_a_new_epoch(tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 80, "checkpoint": CheckpointConfig(every=40), "eval": EvalConfig(every=40)}
     run(tmp_path, "whole", 1, xl(**options))

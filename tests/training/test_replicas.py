@@ -72,6 +72,7 @@ def test_with_replicas_too_the_cut_does_not_show(tmp_path: Path, replicas: int) 
         assert_same(saved(tmp_path, name, 6), saved(tmp_path, "1", 6))
 
 
+@pytest.mark.slow
 def test_batchnorm_has_the_statistics_of_all_replicas(tmp_path: Path) -> None:
     def amoebanet(**changes: Any) -> Any:
         model = AmoebaNetConfig(layers=3, filters=4, drop_path=0.2, drop_path_steps=4)
