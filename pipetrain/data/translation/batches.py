@@ -48,8 +48,8 @@ class PairBatches:
 
     * train: an epoch has as many pairs as there are, of each language a share of n^`sampling` (see `quotas`), each
       language in a random order that goes on from epoch to epoch. Pairs of similar lengths are put together, equal ones
-      at random, and batches come in random order. All epochs are given as many batches as the first one: what is left
-      over is dropped, what lacks is taken twice.
+      at random, and batches come in random order. All epochs are given as many batches as the first one: one that
+      is left over is dropped, one that lacks is taken twice.
     * others: each pair exactly once, long ones first.
 
     The model takes source ids [rows, S] and the target's ids behind a begin [rows, T]; it is compared with the target's
@@ -76,14 +76,20 @@ class PairBatches:
             share: the rows that `batch` gives.
 
         Raises:
-            ConfigError: if the split is empty.
+            ConfigError: if the split is empty, or has fewer pairs to train on than a batch.
         """
         self.share = share
         self._split, self._seed, self._sampling = split, seed, sampling
         self._most, self._fewest = batch_size * max_tokens, batch_size
         self._ways = list(_ways(pairs, split, languages or tuple(pairs.counts), direction))
         self._plans: dict[int, list[Ints]] = {}
-        if not sum(len(way.lengths) for way in self._ways):
+        number = sum(len(way.lengths) for way in self._ways)
+        if split == TRAIN and number < 2 * batch_size:
+            raise ConfigError(
+                f"batch_size={batch_size} needs at least {2 * batch_size} pairs to train on, and there are {number}; "
+                f"use batch_size={max(1, number // 2)} or more pairs"
+            )
+        if not number:
             raise ConfigError(f"the pairs have none in their {split} split; use a larger data.{split}_fraction")
 
     @cached_property
@@ -163,9 +169,10 @@ class PairBatches:
             return
         chosen = np.concatenate(list(self._chosen(epoch)))
         chosen = chosen[permutation(self._seed, "pairs", epoch, len(chosen))]
-        *batches, rest = self._cut(chosen)
-        if len(rest) >= self._fewest or not batches:
-            batches.append(rest)
+        batches = list(self._cut(chosen))
+        lacking = self._fewest - len(batches[-1])
+        if lacking > 0:  # the shortest pairs, which no epoch may leave out: others as short are taken twice
+            batches[-1] = np.concatenate([batches[-2][-lacking:], batches[-1]])
         for number in permutation(self._seed, "batches", epoch, len(batches)):
             yield batches[number]
 
