@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pipetrain import rules
+from pipetrain import config, rules
 from pipetrain.config import AUTO, AmoebaNetConfig, AnythingConfig, Config, ImagesConfig, SyntheticConfig
 from pipetrain.derived import num_microbatches, num_ranks, num_replicas, num_stages, wanted_ranks
 from pipetrain.devices import parse_devices
@@ -99,7 +99,8 @@ def prepare(
         ConfigError: with all that is wrong with the settings by themselves, or the first rule that a fact breaks.
         CheckpointError: if a run is to be resumed or to start from that has no usable checkpoint.
     """
-    rules.check(cfg, num_gpus, len(devices) if devices is not None else None)
+    world_size = len(devices) if devices is not None else None
+    rules.check(cfg, num_gpus, world_size)
     if devices is None:
         devices = parse_devices(cfg.devices, num_gpus, wanted_ranks(cfg))
     saved: checkpoint.Manifest | None = None
@@ -110,8 +111,8 @@ def prepare(
             say(f"skipped a checkpoint: {reason}")
         saved = checkpoint.read_manifest(found)
         rules.check_resume(cfg, saved.config)
-        if cfg.micro_batches == AUTO:  # the numbers depend on it; what else is left open may be chosen anew
-            cfg = dataclasses.replace(cfg, micro_batches=saved.config["micro_batches"])
+        cfg = _with_micro_batches_of(saved, cfg)
+        rules.check(cfg, num_gpus, world_size)
     data = prepare_data(cfg, say)
     steps_of_epoch = open_data(cfg, data, "train").num_batches
     if cfg.eval.every:
@@ -136,6 +137,16 @@ def prepare(
         _check_goes_on(cfg, saved.step, steps_of_epoch)
         say(f"going on from step {saved.step}{_changes(cfg, saved)}")
     return job
+
+
+def _with_micro_batches_of(saved: checkpoint.Manifest, cfg: Config) -> Config:
+    """The numbers of a run depend on its micro-batches, so they stay; what else is left open may be chosen anew."""
+    if cfg.micro_batches == AUTO:
+        return dataclasses.replace(cfg, micro_batches=saved.config["micro_batches"])
+    has_other_replicas = cfg.data_parallel != saved.config.get("data_parallel", 1)
+    if cfg.micro_batches is None and has_other_replicas and cfg.schedule == saved.config["schedule"]:
+        return dataclasses.replace(cfg, micro_batches=num_microbatches(config.from_json(json.dumps(saved.config))))
+    return cfg
 
 
 def _check_model(cfg: Config, recipe: Recipe, data: Prepared | None, stages: int) -> None:

@@ -87,6 +87,7 @@ def test_all_is_chosen_and_only_what_fits(command: Command) -> None:
     assert {each["settings"]["micro_batches"] for each in weighed} == {4, 8}
     assert len({each["settings"]["schedule"] for each in weighed}) == 5
     chosen = weighed[0]["settings"]
+    assert chosen.pop("data_parallel") == 1, "it was not left open"
     assert chosen == {key: chosen[key] for key in ("schedule", "partitions", "micro_batches", "recompute", "balance")}
     typed = [f"{key}={str(value).replace(' ', '')}" for key, value in chosen.items()]
     assert all(word in done.stdout.replace(" (type", "(type").replace("(type", " ").split() for word in typed)

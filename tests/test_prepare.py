@@ -138,6 +138,21 @@ def test_micro_batches_that_were_left_to_the_planner_stay_on_resume(tmp_path: Pa
     assert said == ["going on from step 2, with steps=9 (was 2)"]
 
 
+def test_other_replicas_have_to_share_the_micro_batches_of_the_run(tmp_path: Path) -> None:
+    """Those that were left to the planner, and those that nobody typed."""
+    cfg = dataclasses.replace(finished_run(tmp_path, micro_batches=1), steps=9, devices=2, data_parallel=2)
+    with pytest.raises(ConfigError, match="micro_batches=1, of the whole mini-batch, cannot be shared evenly by"):
+        prepare(dataclasses.replace(cfg, micro_batches="auto"), RunPaths(tmp_path / "run"), 0)
+
+
+def test_the_usual_micro_batches_stay_with_other_replicas(tmp_path: Path) -> None:
+    cfg = dataclasses.replace(finished_run(tmp_path, batch_size=4), steps=9, devices=3, data_parallel=3)
+    with pytest.raises(ConfigError, match="micro_batches=4, of the whole mini-batch, cannot be shared evenly by"):
+        prepare(cfg, RunPaths(tmp_path / "run"), 0)
+    job = prepare(dataclasses.replace(cfg, devices=2, data_parallel=2), RunPaths(tmp_path / "run"), 0)
+    assert job.cfg.micro_batches == 4
+
+
 def test_a_changed_text_is_found_on_resume(tmp_path: Path) -> None:
     cfg = finished_run(tmp_path)
     (tmp_path / "text.txt").write_text("another text altogether, long enough to be read as one. " * 40)

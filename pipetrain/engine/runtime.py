@@ -202,7 +202,8 @@ class Runtime:
         """Repeats the forwards of a failed step, draw for draw, looking at the output of every layer.
 
         Returns:
-            (stage, place of the layer in it, micro-batch) of the first NaN or infinite output, on every rank.
+            (stage, place of the layer in it, micro-batch) of the first NaN or infinite output, on every rank. The
+            micro-batches of all replicas are counted through.
         """
         self._begin(program, step, lambda _: MiniBatch(inputs, targets), training=True)
         self._culprits: dict[int, tuple[int, int]] = {}
@@ -211,10 +212,11 @@ class Runtime:
         found = torch.zeros(self._num_stages, 2, dtype=torch.float64)
         for stage, (place, microbatch) in self._culprits.items():
             found[stage] = torch.tensor([place + 1, microbatch])
-        for of_replica in self.transport.replicas.gather(self.transport.all_reduce(found)):
+        number = program.schedule.num_microbatches
+        for replica, its in enumerate(self.transport.replicas.gather(self.transport.all_reduce(found))):
             for stage in range(self._num_stages):
-                if of_replica[stage, 0] > 0:
-                    return stage, int(of_replica[stage, 0]) - 1, int(of_replica[stage, 1])
+                if its[stage, 0] > 0:
+                    return stage, int(its[stage, 0]) - 1, replica * number + int(its[stage, 1])
         return None
 
     # ---- one step --------------------------------------------------------------------------------------------

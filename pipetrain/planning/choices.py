@@ -56,7 +56,8 @@ def choices(cfg: Config, num_devices: int, num_layers: int) -> list[Choice]:
     if not found:
         lengths = {len(value) for value in (cfg.balance, cfg.recompute) if isinstance(value, list)}
         raise ConfigError(
-            f"{num_layers} layers on {num_devices} devices with partitions={cfg.partitions} schedule={cfg.schedule}"
+            f"{num_layers} layers on {num_devices} devices with data_parallel={cfg.data_parallel} "
+            f"partitions={cfg.partitions} schedule={cfg.schedule} batch_size={cfg.batch_size}"
             f"{''.join(f' and a list of {n} stages' for n in sorted(lengths))}: there is no such plan; use fewer "
             "devices, or leave more open, such as partitions=auto schedule=auto"
         )
@@ -65,9 +66,7 @@ def choices(cfg: Config, num_devices: int, num_layers: int) -> list[Choice]:
 
 def _choices(cfg: Config, num_ranks: int, num_layers: int) -> list[Choice]:
     """With a given number of replicas."""
-    if num_microbatches(cfg) % num_replicas(cfg) or (
-        is_file(cfg.schedule) and read_file(cfg.schedule).num_ranks != num_ranks
-    ):
+    if not _can_be_shared(cfg) or (is_file(cfg.schedule) and read_file(cfg.schedule).num_ranks != num_ranks):
         return []
     schedules = _SCHEDULES if cfg.schedule == AUTO else (cfg.schedule,)
     wanted = [cfg.recompute] if cfg.recompute != AUTO else list(_RECOMPUTE)
@@ -93,6 +92,16 @@ def _choices(cfg: Config, num_ranks: int, num_layers: int) -> list[Choice]:
     ]
 
 
+def _can_be_shared(cfg: Config) -> bool:
+    """Whether its replicas can have the micro-batches that one alone would have: the numbers depend on them."""
+    replicas = num_replicas(cfg)
+    if replicas == 1 or is_file(cfg.schedule) or stale_family(cfg):
+        return True
+    if cfg.micro_batches == AUTO:
+        return cfg.batch_size // replicas >= least_samples(cfg)
+    return num_microbatches(dataclasses.replace(cfg, data_parallel=1)) % replicas == 0
+
+
 def _num_stages(cfg: Config, stages_per_rank: int, num_ranks: int) -> int:
     return num_stages(cfg, num_ranks) if stale_family(cfg) else stages_per_rank * num_ranks
 
@@ -102,7 +111,8 @@ def _stages_per_rank(cfg: Config, schedule: str, num_ranks: int) -> Iterator[int
         yield 1
         return
     if is_file(schedule) or is_number(cfg.partitions):
-        tried = [num_stages(cfg, num_ranks) // num_ranks]
+        each, left = divmod(num_stages(cfg, num_ranks), num_ranks)
+        tried = [] if left else [each]
     else:
         tried = list(_STAGES_PER_RANK) if cfg.partitions == AUTO else [SCHEDULES[schedule].usual]
     yield from (n for n in tried if is_file(schedule) or SCHEDULES[schedule].fits(n * num_ranks, num_ranks))

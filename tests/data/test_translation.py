@@ -74,6 +74,13 @@ def test_aligned_files_of_several_languages(tmp_path: Path) -> None:
     assert found.pairs["om"]["train"][2] == ("om train wort wort 2", "train word word 2")
 
 
+def test_languages_with_a_region(tmp_path: Path) -> None:
+    lines = "um\ndois\n", "one\ntwo\n"
+    folder = write(tmp_path, {"train.en-pt-BR.pt-BR": lines[0], "train.en-pt-BR.en": lines[1]})
+    write(folder, {"train.zh-CN-en.zh-CN": lines[0], "train.zh-CN-en.en": lines[1]})
+    assert sorted(find_pairs(str(folder), "en", Fractions(0, 0)).pairs) == ["pt-BR", "zh-CN"]
+
+
 def test_aligned_files_of_one_language(tmp_path: Path) -> None:
     folder = write(
         tmp_path, {"train.de": "eins\nzwei\n", "train.en": "one\ntwo\n", "valid.de": "drei", "valid.en": "three"}
@@ -95,7 +102,7 @@ def test_a_split_without_a_file_is_held_out_of_the_training(tmp_path: Path) -> N
 
 def test_tables_and_the_split_that_follows_from_the_pivot(tmp_path: Path) -> None:
     lines = [f"wort {i}\tword {i}" for i in range(200)]
-    folder = write(tmp_path, {"de.tsv": "\n".join(lines), "nl.tsv": "\r\n".join(reversed(lines))})
+    folder = write(tmp_path, {"de.tsv": "\n".join(lines), "nl.tsv": " \r\n".join(reversed(lines))})
     found = find_pairs(str(folder), "en", HALF).pairs
     for split in SPLITS:
         assert set(found["de"][split]) == set(found["nl"][split])
@@ -148,6 +155,7 @@ def test_djangos_messages_are_there_without_a_download() -> None:
         ({"train.de": "eins\nzwei\n", "train.en": "one\n"}, "train.de has 2 lines and {}/train.en has 1"),
         ({"train.de": b"eins\nz\xffwei\n", "train.en": "one\ntwo\n"}, "train.de, line 2 is no UTF-8"),
         ({"de.tsv": "eins\tone\nzwei\n"}, "de.tsv, line 2 has 0 tabs"),
+        ({"train.en-de.de": "eins\n"}, "train.en-de.de has no train.en-de.en beside it"),
         ({"readme.md": "nothing"}, "has no pairs of sentences with en (data.pivot)"),
         ({"de.mo": b"not a catalogue"}, "de.mo cannot be read as a catalogue"),
         ({"de.po": b'msgid "a"\nmsgstr "\xff"\n'}, "de.po, line 2 is no UTF-8"),

@@ -65,7 +65,9 @@ def test_stages_of_a_list_decide_how_many_there_are() -> None:
 
 
 def test_too_few_layers_are_refused_with_what_to_type() -> None:
-    with pytest.raises(ConfigError, match="3 layers on 2 devices with partitions=4 schedule=auto: there is no such"):
+    with pytest.raises(
+        ConfigError, match="3 layers on 2 devices with data_parallel=1 partitions=4 schedule=auto batch_size=4: there"
+    ):
         choices(settings(**ALL_OPEN | {"partitions": 4}), 2, 3)
 
 
@@ -87,3 +89,14 @@ def test_replicas_share_devices_micro_batches_and_samples() -> None:
     typed = settings(data_parallel="auto", micro_batches=4, batch_size=24)
     assert {(choice.replicas, choice.num_microbatches) for choice in choices(typed, 6, 6)} == {(1, 4), (2, 2)}
     assert {choice.replicas for choice in choices(settings(data_parallel="auto"), 8, 4)} == {2, 4}, "a layer a device"
+
+
+def test_replicas_change_neither_partitions_nor_micro_batches() -> None:
+    assert {choice.replicas for choice in choices(settings(data_parallel="auto", batch_size=16), 3, 8)} == {1}, (
+        "16 by 3"
+    )
+    cfg = settings(data_parallel="auto", partitions=4, batch_size=16)
+    assert {(c.replicas, c.stages_per_rank) for c in choices(cfg, 8, 8)} == {(2, 1)}
+    data, model = SyntheticConfig(shape=[3, 16, 16], classes=5, samples=40), AmoebaNetConfig(layers=3, filters=4)
+    given = settings(model=model, data=data, data_parallel="auto", batch_size=3)
+    assert {choice.replicas for choice in choices(given, 2, 8)} == {1}, "no micro-batch of a single sample"

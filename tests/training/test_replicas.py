@@ -176,7 +176,9 @@ def test_nan_in_the_samples_of_one_replica_is_named(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(SyntheticBatches, "batch", broken)
     model = AmoebaNetConfig(layers=3, filters=4)
     data = SyntheticConfig(shape=[3, 16, 16], classes=5, samples=40)
-    with pytest.raises(NonFiniteError, match=r"step 1: NaN or infinity first appears in the output of layer .*stage 0"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: NaN or infinity first appears in the output of layer .*, stage 0, micro-batch 3"
+    ):
         run(tmp_path, "all", 4, settings(model=model, data=data, batch_size=8, micro_batches=4, data_parallel=2))
 
 

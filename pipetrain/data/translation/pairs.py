@@ -21,7 +21,7 @@ from pipetrain.errors import ConfigError
 
 TRAIN, VALID, TEST = SPLITS = ("train", "valid", "test")
 Pair = tuple[str, str]  # in the language, and in the pivot
-_ALIGNED = re.compile(r"(train|valid|test)(?:\.([\w@]+)-([\w@]+))?\.([\w@]+)")
+_ALIGNED = re.compile(r"(train|valid|test)(?:\.([\w@-]+))?\.([\w@-]+)")
 _LANGUAGE_FOLDER, _PROGRAMS = "LC_MESSAGES", "en"
 
 
@@ -108,7 +108,7 @@ def _djangos() -> Path:
 
 def _add_undivided(found: Found, language: str, pairs: Iterable[Pair], fractions: Fractions) -> None:
     for pair in pairs:
-        found.add(language, fractions.split_of(pair[1]), [pair])
+        found.add(language, fractions.split_of(pair[1].strip()), [pair])
 
 
 # ---- line files ------------------------------------------------------------------------------------------------------
@@ -121,10 +121,12 @@ def _add_aligned(found: Found, files: Iterable[Path], pivot: str, fractions: Fra
         match = _ALIGNED.fullmatch(file.name)
         if match is None:
             continue
-        split, one, other, language = match.groups()
-        if language == pivot or (one is not None and {one, other} != {language, pivot}):
+        split, both, language = match.groups()
+        if language == pivot or both not in (None, f"{pivot}-{language}", f"{language}-{pivot}"):
             continue
         beside = file.with_name(f"{file.name.removesuffix(language)}{pivot}")
+        if beside not in there and both is not None:
+            raise ConfigError(f"{file} has no {beside.name} beside it, which should hold its translation")
         if beside in there:
             by_language.setdefault(language, {}).setdefault(split, []).extend(_aligned(file, beside))
     for language, splits in by_language.items():
