@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipetrain.config import Seq2SeqConfig, TranslationConfig
+from pipetrain.data.translation import batches, prepare
 from pipetrain.models import Recipe, build
+from pipetrain.models.seq2seq import PADDING
+from pipetrain.models.transformer import IGNORED_TARGET
 from pipetrain.partition.split import build_layer
+from pipetrain.rules.data import DIRECTIONS
+from pipetrain.rules.models import EMBEDDINGS, NORMS
 
 V, D = 17, 8
 
@@ -122,6 +127,16 @@ def test_padding_and_what_comes_later_make_no_difference(norm: str) -> None:
     padded = outputs(of, nn.functional.pad(source, (0, 3)), nn.functional.pad(begun, (0, 2)))
     torch.testing.assert_close(padded[:, :4], alone)
     torch.testing.assert_close(outputs(of, source, begun[:, :2]), alone[:, :2])
+
+
+def test_the_rules_the_data_and_the_model_mean_the_same() -> None:
+    """None of them may import the others."""
+    assert batches.PADDING == PADDING
+    assert batches._IGNORED == IGNORED_TARGET
+    assert set(DIRECTIONS) == {prepare.INTO, prepare.FROM, prepare.BOTH}
+    for embeddings in EMBEDDINGS:
+        for norm in NORMS:
+            assert recipe(embeddings=embeddings, norm=norm)
 
 
 def test_what_is_shared() -> None:

@@ -1,6 +1,6 @@
 """Batches of sentence pairs: of one length as far as possible, so that little of a batch is padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,7 +61,6 @@ class PairBatches:
         pairs: PairFolder,
         split: str,
         *,
-        languages: Sequence[str] | None = None,
         direction: str,
         max_tokens: int,
         batch_size: int,
@@ -71,7 +70,6 @@ class PairBatches:
     ) -> None:
         """
         Args:
-            languages: of the pairs; None is all.
             direction: into | from the pivot, or both.
             share: the rows that `batch` gives.
 
@@ -81,7 +79,7 @@ class PairBatches:
         self.share = share
         self._split, self._seed, self._sampling = split, seed, sampling
         self._most, self._fewest = batch_size * max_tokens, batch_size
-        self._ways = list(_ways(pairs, split, languages or tuple(pairs.counts), direction))
+        self._ways = list(_ways(pairs, split, direction))
         self._plans: dict[int, list[Ints]] = {}
         number = sum(len(way.lengths) for way in self._ways)
         if split == TRAIN and number < 2 * batch_size:
@@ -123,14 +121,6 @@ class PairBatches:
             its_target = self._pair(way, number)[1]
             target[row, : len(its_target)] = torch.from_numpy(its_target)
         return target
-
-    def seen(self, index: int) -> dict[str, int]:
-        """Pairs of each language in batch `index`."""
-        found: dict[str, int] = {}
-        for way, _ in self._numbers(index):
-            language = self._ways[way].language
-            found[language] = found.get(language, 0) + 1
-        return found
 
     # ---- one pair ------------------------------------------------------------------------------------------------
 
@@ -212,11 +202,11 @@ class PairBatches:
             start = end
 
 
-def _ways(pairs: PairFolder, split: str, languages: Sequence[str], direction: str) -> Iterator[_Way]:
+def _ways(pairs: PairFolder, split: str, direction: str) -> Iterator[_Way]:
     """A source says what it is to become where that may be several languages."""
     processor = sentencepiece.SentencePieceProcessor(model_file=pairs.tokenizer)
     says = direction == BOTH or (direction == FROM and len(pairs.counts) > 1)
-    for language in languages:
+    for language in pairs.counts:
         own, pivot = pairs.side(language, split, pivot=False), pairs.side(language, split, pivot=True)
         if direction in (INTO, BOTH):
             yield _Way(language, own, pivot, processor.piece_to_id(symbol(pairs.pivot)) if says else None)

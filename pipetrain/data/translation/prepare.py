@@ -26,7 +26,7 @@ FORMAT = 1  # raise it whenever the same pairs would give other files
 _MOST_SPELLED = 0.01  # of the characters of a language, before it is said
 TRAINING_PAIRS = 1_000_000  # a vocabulary is made of at most so many
 # Whether a language is translated into the pivot, from it, or both ways.
-INTO, FROM, BOTH = DIRECTIONS = ("into", "from", "both")
+INTO, FROM, BOTH = "into", "from", "both"
 log = logging.getLogger(__name__)
 
 
