@@ -59,6 +59,9 @@ def rewrite(words: Sequence[str], rank: int | None) -> Words:
     _check_described(result)
     if result.resume is not None:
         _replay(result.resume, result)
+    if result.resume is not None and any(w.startswith("action=") and w != "action=train" for w in words):
+        # The run stays what it is: what is asked of it now is not written down as its settings.
+        result.overrides += ["hydra.output_subdir=null", "hydra/job_logging=none"]
     if rank:
         result.overrides += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
     return result

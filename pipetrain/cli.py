@@ -227,6 +227,14 @@ def _launch(raw: DictConfig, folder: Path) -> int:
         from pipetrain.preview import preview
 
         return preview(cfg, folder)
+    if cfg.action == "generate":
+        from pipetrain.inference.generate import generate
+
+        return generate(cfg, folder)
+    if cfg.action == "evaluate":
+        from pipetrain.inference.evaluate import evaluate
+
+        return evaluate(cfg, folder)
     from pipetrain.launch import launch
 
     _session.launched = True

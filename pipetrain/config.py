@@ -94,6 +94,24 @@ class CheckConfig:
 
 
 @dataclass(kw_only=True)
+class GenerateConfig:
+    into: str | None = setting("language to translate into; null = the only one that there is", None)
+    beams: int = setting("translations: hypotheses that are followed at a time; 1 = greedy", 4)
+    length_penalty: float = setting("translations: 0 = none, more = longer ones", 0.6)
+    max_tokens: int = setting("texts: tokens that are added", 100)
+    temperature: float = setting("texts: below 1 = safer, above = wilder, 0 = always the most probable token", 1.0)
+    top_k: int | None = setting("texts: only so many of the most probable tokens; null = all", None)
+    top_p: float = setting("texts: only the most probable tokens that together have so much probability", 1.0)
+    batch_size: int = setting("lines at a time", 64)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    split: str | None = setting("train | valid | test | null (test, where there is one)", None)
+    sentences: int | None = setting("translations: at most so many of each language; null = all", None)
+
+
+@dataclass(kw_only=True)
 class DeviceConfig:
     name: str = setting("what it is called", "???")
     memory_gib: float = setting("memory for a training process", "???")
@@ -124,9 +142,12 @@ class PlanConfig:
 @dataclass(kw_only=True)
 class Config:
     action: str = setting(
-        "train | plan (what would happen) | check (some steps against one plain process: do the guarantees hold?)",
+        "train | plan (what would happen) | check (some steps against one plain process: do the guarantees hold?) | "
+        "generate (text, with resume=RUN) | evaluate (how good is it on unseen data, with resume=RUN)",
         "train",
     )
+    input: str | None = setting("action=generate: a file of lines; null = what comes on stdin", None)
+    weights: str = setting("action=generate, evaluate: the newest checkpoint | best (lowest loss/val)", "newest")
     name: str = setting("name of the run: the folder under runs/", "???")
     model: ModelConfig = setting("the model and its size", "???")
     data: DataConfig = setting("the data", "???")
@@ -193,6 +214,8 @@ class Config:
     stale: StaleConfig = field(default_factory=StaleConfig, metadata={"help": "stale schedules"})
     check: CheckConfig = field(default_factory=CheckConfig, metadata={"help": "comparison"})
     plan: PlanConfig = field(default_factory=PlanConfig, metadata={"help": "planning"})
+    generate: GenerateConfig = field(default_factory=GenerateConfig, metadata={"help": "generation"})
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig, metadata={"help": "evaluation of a run"})
     init_from: str | None = setting("a run folder whose weights this run starts from, where names and shapes fit", None)
     resume: str | None = setting("a run folder to go on with", None)
 
@@ -213,6 +236,8 @@ def from_json(text: str) -> Config:
     raw["stale"] = StaleConfig(**raw["stale"])
     raw["check"] = CheckConfig(**raw["check"])
     raw["plan"] = PlanConfig(**raw["plan"])
+    raw["generate"] = GenerateConfig(**raw.get("generate", {}))
+    raw["evaluate"] = EvaluateConfig(**raw.get("evaluate", {}))
     if raw["plan"].device is not None:
         raw["plan"].device = DeviceConfig(**raw["plan"].device)
     return Config(**raw)
@@ -233,6 +258,8 @@ __all__ = [
     "DataConfig",
     "DeviceConfig",
     "EvalConfig",
+    "EvaluateConfig",
+    "GenerateConfig",
     "ImagesConfig",
     "LrRuleConfig",
     "ModelConfig",

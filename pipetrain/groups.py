@@ -164,7 +164,11 @@ class TranslationConfig(DataConfig):
     languages: list[str] | None = setting("the languages that are wanted, such as [de,nl]; null = all", None)
     pivot: str = setting("the language that all others are paired with", "en")
     direction: str = setting("translate into the pivot | from it | both", "into")
-    vocab_size: int = setting("pieces of the one vocabulary of all languages, which is trained on them", 8000)
+    tokenizer: str = setting(
+        "sentencepiece (one vocabulary of all languages, trained on them once) | tokenizer.model of an earlier run",
+        "sentencepiece",
+    )
+    vocab_size: int = setting("pieces of the vocabulary that is trained", 8000)
     max_tokens: int = setting("longest sentence; a mini-batch has batch_size such ones, or more shorter ones", 64)
     sampling: float = setting("languages with n pairs are seen in proportion to n to this power; 1 = as they are", 0.7)
     valid_fraction: float = setting("share held out for validation, where there is no such file", 0.02)

@@ -38,6 +38,7 @@ from pipetrain.training.data import Prepared, image_facts, open_data, prepare_da
 from pipetrain.training.init_from import find_start
 from pipetrain.training.job import Job
 from pipetrain.training.memory import ADVICE
+from pipetrain.training.vocabulary import tokenizer_id
 from pipetrain.worker import explain_failure, run_local_worker, run_torchrun_rank
 
 _LARGE_FOR_SMALL_STEM = 96  # pixels
@@ -125,7 +126,9 @@ def prepare(
     _check_model(cfg, recipe, data, num_stages(cfg, fewest))
     _warn_of_large_images(cfg, data, say)
     # A resumed run has its weights, whatever its first start took them from.
-    start = find_start(cfg.init_from, recipe, say) if cfg.init_from is not None and saved is None else None
+    start: Path | None = None
+    if cfg.init_from is not None and saved is None:
+        start = find_start(cfg.init_from, recipe, tokenizer_id(data), say)
     job = Job(cfg, run, data, devices, found, start)
     if saved is not None and saved.data != job.data_id:
         path = getattr(cfg.data, "path", None)

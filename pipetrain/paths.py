@@ -36,6 +36,20 @@ class RunPaths:
         return self.root / "plan.json"
 
     @property
+    def data(self) -> Path:
+        """What is known of the text that the run is trained on, as JSON."""
+        return self.root / "data.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The sentencepiece model of the run, if it has one."""
+        return self.root / "tokenizer.model"
+
+    def evaluation(self, name: str) -> Path:
+        """What `action=evaluate` found."""
+        return self.root / "evaluation" / name
+
+    @property
     def schedule_picture(self) -> Path:
         """The schedule as it would run if all stages cost the same."""
         return self.root / "schedule.svg"

@@ -35,6 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": {"engine", "errors", "models", "partition", "schedule", "sim", "suggest", "training"},
     "profile": {"costs", "engine", "models", "partition", "schedule", "seeds"},
     "environment": {"paths"},
+    "inference": BASE
+    | {"config", "data", "devices", "engine", "models", "rules", "schedule", "segment_memory", "torchrun", "training"},
     "planning": BASE
     | {"config", "derived", "engine", "models", "partition", "profile", "schedule", "sim", "training", "worker"},
     "processes": set(),

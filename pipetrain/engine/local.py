@@ -73,7 +73,7 @@ class _Letter:
 
 
 class LocalTransport:
-    """One rank's end of an in-memory network. Made by `run_ranks`."""
+    """One rank's end of an in-memory network. Made by `run_ranks` and `alone`."""
 
     def __init__(self, network: _Network, rank: int, ranks: range, replicas: Replicas) -> None:
         """
@@ -148,6 +148,13 @@ class LocalReplicas:
     def gather(self, vector: Tensor) -> list[Tensor]:
         self._meetings += 1
         return self._network.meet(self._members, self._meetings, self._rank, vector)
+
+
+def alone() -> LocalTransport:
+    """Of one rank without others, in the thread that calls this."""
+    network = _Network(1)
+    network.turn.acquire()  # it is always this one's turn
+    return LocalTransport(network, 0, range(1), ALONE)
 
 
 def run_ranks(num_ranks: int, rank_main: Callable[[LocalTransport], T], num_replicas: int = 1) -> list[T]:

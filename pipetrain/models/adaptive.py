@@ -55,9 +55,7 @@ def adaptive_loss_sum(cutoffs: Sequence[int], vocab_size: int, ignored: int) -> 
     def loss_sum(output: Output, targets: Tensors) -> Tensor:
         x, target = output["x"].flatten(0, 1), targets[0].flatten()
         weights, biases = output["weight"].split(sizes), output["bias"].split(sizes)
-        first = F.linear(
-            x, torch.cat([weights[0], output["group_weight"]]), torch.cat([biases[0], output["group_bias"]])
-        )
+        first = _first(x, weights[0], biases[0], output)
         # In the first softmax a rarer word stands for its group.
         group = torch.bucketize(target, torch.tensor(bounds[1:-1], device=target.device), right=True)
         is_rare = group > 0
@@ -70,3 +68,26 @@ def adaptive_loss_sum(cutoffs: Sequence[int], vocab_size: int, ignored: int) -> 
         return loss
 
     return loss_sum
+
+
+def adaptive_log_probs(cutoffs: Sequence[int], vocab_size: int) -> Callable[[Output], Tensor]:
+    """log p of each word: [B, T, V].
+
+    Args:
+        cutoffs: see `adaptive_loss_sum`.
+    """
+    sizes = [end - start for start, end in pairwise([0, *cutoffs, vocab_size])]
+
+    def log_probs(output: Output) -> Tensor:
+        x, weights, biases = output["x"], output["weight"].split(sizes), output["bias"].split(sizes)
+        first = _first(x, weights[0], biases[0], output).log_softmax(-1)
+        words, groups = first.split([sizes[0], len(cutoffs)], dim=-1)
+        inner = [F.linear(x, *parts).log_softmax(-1) for parts in zip(weights[1:], biases[1:], strict=True)]
+        return torch.cat([words, *(groups[..., i, None] + its for i, its in enumerate(inner))], dim=-1)
+
+    return log_probs
+
+
+def _first(x: Tensor, weight: Tensor, bias: Tensor, output: Output) -> Tensor:
+    """Logits of the words of the first group, and of the other groups."""
+    return F.linear(x, torch.cat([weight, output["group_weight"]]), torch.cat([bias, output["group_bias"]]))

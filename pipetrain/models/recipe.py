@@ -65,6 +65,22 @@ class LayerRecipe:
         return (f"{self.name}." if self.prefix is None else self.prefix) + local
 
 
+@dataclass(frozen=True)
+class Generation:
+    """How a model makes text: of each token of its last input from those before it.
+
+    Each layer that depends on that input treats its tokens one by one, or remembers those before them (`past`,
+    `SegmentMemory`).
+
+    Attributes:
+        log_probs: output of the last layer -> log p of each word, [rows, tokens, vocabulary].
+        context: the most tokens that it can see; None is any number.
+    """
+
+    log_probs: Callable[[Any], Tensor]
+    context: int | None
+
+
 def _nothing() -> None:
     pass
 
@@ -81,6 +97,7 @@ class Recipe:
         measures: what else is evaluated, such as accuracy: each like `loss_sum`, a sum over the same samples.
         release: forgets what `build` shares between layers; called once the layers that are wanted are built.
         whole: makes the module that the layers are parts of, with the same initial values, where there is one.
+        generation: None where it makes no text.
     """
 
     layers: tuple[LayerRecipe, ...]
@@ -90,6 +107,7 @@ class Recipe:
     release: Callable[[], None] = _nothing
     whole: Callable[[], nn.Module] | None = None
     measures: Mapping[str, Callable[[Any, Tensors], Tensor]] = field(default_factory=dict)
+    generation: Generation | None = None
 
     def taken_by(self, layer: int) -> tuple[Value, ...]:
         """What a layer takes, spelled out."""

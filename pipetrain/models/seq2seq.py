@@ -18,7 +18,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipetrain.models.recipe import BATCH, LayerRecipe, Recipe, Tensors, Value
+from pipetrain.models.past import Kept, Past, Place, causal_mask
+from pipetrain.models.recipe import BATCH, Generation, LayerRecipe, Recipe, Tensors, Value
 from pipetrain.models.transformer import (
     IGNORED_TARGET,
     clip_logits,
@@ -26,6 +27,7 @@ from pipetrain.models.transformer import (
     cross_entropy_sum,
     depth_scale,
     linear,
+    log_softmax,
     sinusoids,
 )
 
@@ -85,6 +87,7 @@ def seq2seq(
         count=count_targets,
         ties=_ties(embeddings),
         measures={"nll": cross_entropy_sum},
+        generation=Generation(log_softmax, max_tokens),
     )
 
 
@@ -122,10 +125,10 @@ class Embedding(nn.Module):
         # The table has the amplitude of the token vectors, instead of these being multiplied by sqrt(D).
         self.position: Tensor
         self.register_buffer("position", sinusoids(max_tokens, d_model) * d_model**-0.5, persistent=False)
-        self.dropout = nn.Dropout(dropout)
+        self.place, self.dropout = Place(), nn.Dropout(dropout)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.dropout(self.token(ids) + self.position[: ids.shape[1]])  # type: ignore[no-any-return]
+        return self.dropout(self.token(ids) + self.position[self.place(ids.shape[1])])  # type: ignore[no-any-return]
 
 
 class EncoderEmbedding(nn.Module):
@@ -149,15 +152,21 @@ class Attention(nn.Module):
         self.key_value = linear(size.d_model, 2 * size.heads * size.head_width)
         self.output = linear(size.heads * size.head_width, size.d_model)
 
-    def attend(self, x: Tensor, others: Tensor, mask: Tensor | None) -> Tensor:
+    def split_query(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, A, T, C]."""
+        return self._split(self.query(x))
+
+    def split_key_value(self, others: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, D] -> twice [B, A, S, C]."""
+        key, value = self.key_value(others).chunk(2, dim=-1)
+        return self._split(key), self._split(value)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: bool) -> Tensor:
         """
         Args:
-            mask: [B, S], True for the others that are there; None: each looks at itself and those before it.
+            mask: True for what may be looked at, for all of them alike where it has no such dimension.
         """
-        query = self._split(self.query(x))
-        key, value = (self._split(part) for part in self.key_value(others).chunk(2, dim=-1))
-        seen = None if mask is None else mask[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=mask is None)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **how)
         return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _split(self, x: Tensor) -> Tensor:
@@ -165,14 +174,41 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-class SelfAttention(Attention):
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.attend(x, x, mask)
+class BothWays(Attention):
+    """Each token looks at all others that are no padding."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.attend(self.split_query(x), *self.split_key_value(x), mask[:, None, None, :])
 
 
-class SourceAttention(Attention):
+class Backwards(Attention):
+    """Each token looks at itself and those before it."""
+
+    def __init__(self, size: "Size") -> None:
+        super().__init__(size)
+        self.past = Past()
+
+    def forward(self, y: Tensor) -> Tensor:
+        query, (key, value) = self.split_query(y), self.past(*self.split_key_value(y))
+        if query.shape == key.shape:
+            return self.attend(query, key, value, None, is_causal=True)
+        return self.attend(query, key, value, causal_mask(query, key))
+
+
+class ToSource(Attention):
+    """Each token of the target looks at all of the source that are no padding.
+
+    While text is generated a source may have several targets, one behind the other, which are not told apart here.
+    """
+
+    def __init__(self, size: "Size") -> None:
+        super().__init__(size)
+        self.kept = Kept()
+
     def forward(self, y: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        return self.attend(y, memory, mask)
+        key, value = self.kept(lambda: self.split_key_value(memory))
+        of_source = y.reshape(len(memory), -1, y.shape[-1])
+        return self.attend(self.split_query(of_source), key, value, mask[:, None, None, :]).view_as(y)
 
 
 @dataclass(frozen=True)
@@ -218,7 +254,7 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, size: Size, *, is_last: bool) -> None:
         super().__init__()
-        self.attention, self.ffn = size.residual(SelfAttention(size)), size.residual(size.ffn())
+        self.attention, self.ffn = size.residual(BothWays(size)), size.residual(size.ffn())
         self.norm = nn.LayerNorm(size.d_model) if is_last and size.is_pre else nn.Identity()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -230,8 +266,8 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.attention = size.residual(SelfAttention(size))
-        self.source_attention = size.residual(SourceAttention(size))
+        self.attention = size.residual(Backwards(size))
+        self.source_attention = size.residual(ToSource(size))
         self.ffn = size.residual(size.ffn())
 
     def forward(self, y: Tensor, memory: Tensor, mask: Tensor) -> Tensor:

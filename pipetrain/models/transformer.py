@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipetrain.models.recipe import LayerRecipe, Recipe, Tensors
+from pipetrain.models.past import Past, Place, causal_mask
+from pipetrain.models.recipe import Generation, LayerRecipe, Recipe, Tensors
 
 IGNORED_TARGET = -100  # targets with this value are padding: no loss, not counted
 
@@ -49,7 +50,13 @@ def transformer(
         LayerRecipe("head", partial(Head, d_model, vocab_size, logit_clip, logit_clip_kind)),
     ]
     ties = ((("embedding", "token.weight"), ("head", "output.weight")),) if tied else ()
-    return Recipe(tuple(recipes), loss_sum=cross_entropy_sum, count=count_targets, ties=ties)
+    return Recipe(
+        tuple(recipes),
+        loss_sum=cross_entropy_sum,
+        count=count_targets,
+        ties=ties,
+        generation=Generation(log_softmax, seq_len),
+    )
 
 
 def depth_scale(init_scale: str, num_blocks: int) -> float:
@@ -89,6 +96,11 @@ def cross_entropy_sum(logits: Tensor, targets: Tensors) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """log p of each word, [B, T, V], at least in float32."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 def count_targets(targets: Tensors) -> int:
     """Tokens that are not padding."""
     return int((targets[0] != IGNORED_TARGET).sum())
@@ -106,10 +118,10 @@ class Embedding(nn.Module):
         else:
             # The table has the amplitude of the token vectors, instead of these being multiplied by sqrt(D).
             self.register_buffer("position", sinusoids(seq_len, d_model) * d_model**-0.5, persistent=False)
-        self.dropout = nn.Dropout(dropout)
+        self.place, self.dropout = Place(), nn.Dropout(dropout)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.dropout(self.token(ids) + self.position[: ids.shape[1]])  # type: ignore[no-any-return]
+        return self.dropout(self.token(ids) + self.position[self.place(ids.shape[1])])  # type: ignore[no-any-return]
 
 
 def sinusoids(seq_len: int, d_model: int) -> Tensor:
@@ -126,10 +138,15 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = linear(d_model, 3 * d_model)
         self.output = linear(d_model, d_model)
+        self.past = Past()
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, H, T, D/H]
+        k, v = self.past(k, v)
+        if q.shape == k.shape:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, H, T, D/H]
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(q, k))
         return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipetrain.models.adaptive import AdaptiveHead, adaptive_loss_sum
-from pipetrain.models.recipe import LayerRecipe, Recipe
-from pipetrain.models.transformer import IGNORED_TARGET, clip_logits, count_targets, cross_entropy_sum
+from pipetrain.models.adaptive import AdaptiveHead, adaptive_log_probs, adaptive_loss_sum
+from pipetrain.models.recipe import Generation, LayerRecipe, Recipe
+from pipetrain.models.transformer import IGNORED_TARGET, clip_logits, count_targets, cross_entropy_sum, log_softmax
 from pipetrain.segment_memory import SegmentMemory
 
 _INITIAL_STD = 0.02
@@ -74,7 +74,14 @@ def transformer_xl(
             for bias in ("content_bias", "position_bias")
         ]
     loss_sum = adaptive_loss_sum(cutoffs, vocab_size, IGNORED_TARGET) if cutoffs else cross_entropy_sum
-    return Recipe(tuple(recipes), loss_sum=loss_sum, count=count_targets, ties=tuple(ties))
+    log_probs = adaptive_log_probs(cutoffs, vocab_size) if cutoffs else log_softmax
+    return Recipe(
+        tuple(recipes),
+        loss_sum=loss_sum,
+        count=count_targets,
+        ties=tuple(ties),
+        generation=Generation(log_probs, None),
+    )
 
 
 class Embedding(nn.Module):

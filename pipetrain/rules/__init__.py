@@ -22,6 +22,7 @@ from pipetrain.config import (
 from pipetrain.derived import is_number
 from pipetrain.errors import ConfigError
 from pipetrain.rules.data import check_images, check_synthetic, check_text, check_translation
+from pipetrain.rules.inference import OF_A_RUN, check_inference
 from pipetrain.rules.lr_rules import LR_RULES, check_lr_rule
 from pipetrain.rules.models import INIT_SCALES, check_amoebanet, check_anything, check_seq2seq, check_transformer
 from pipetrain.rules.optimizers import check_optimizer
@@ -30,7 +31,7 @@ from pipetrain.rules.plan import check_plan
 from pipetrain.rules.words import plain, shown
 from pipetrain.suggest import one_of
 
-ACTIONS = ("train", "plan", "check")
+ACTIONS = ("train", "plan", "check", *OF_A_RUN)
 PRECISIONS = ("fp32", "bf16", "fp64")
 MESSAGES = ("exact", "bf16")
 LOGIT_CLIP_KINDS = ("hard", "soft")
@@ -59,6 +60,7 @@ def check(cfg: Config, num_gpus: int, world_size: int | None = None) -> None:
     for check_part in (*of_data, check_transformer, check_seq2seq, check_anything, check_amoebanet):
         check_part(cfg, problems)
     check_plan(cfg, problems)
+    check_inference(cfg, problems)
     check_optimizer(cfg.optimizer, problems)
     check_lr_rule(cfg, problems)
     if cfg.steps is not None and cfg.epochs is not None:
@@ -193,6 +195,7 @@ def changes(cfg: Config, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
     before, now = flat(saved), flat(dataclasses.asdict(cfg))
     ignored = {"data.path", "data.cache_dir", "data.workers", "resume", "name", "action", "check.steps"}
+    ignored |= {key for key in now if key.startswith(("generate.", "evaluate.", "input", "weights"))}
     keys = [key for key in {**before, **now} if key not in ignored]
     keys = [key for key in keys if before.get(key) != now.get(key) and not (key in PLANNED and now[key] == AUTO)]
     return [(key, before.get(key), now.get(key)) for key in keys]

@@ -41,6 +41,7 @@ class Manifest:
         config: the run's settings, as `config.to_json` gives them.
         data: identifies the data; a resumed run must have the same.
         loss_val: of the evaluation at this step, or None.
+        tokenizer: see `vocabulary.tokenizer_id`.
         files: file name -> {"bytes": ..., "sha256": ..., "tensors": [...]}.
     """
 
@@ -50,6 +51,7 @@ class Manifest:
     loss_val: float | None
     files: dict[str, dict[str, Any]]
     format: int = FORMAT
+    tokenizer: str | None = None
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
@@ -65,6 +67,7 @@ def save(
     data: str,
     loss_val: float | None,
     keep: int,
+    tokenizer: str | None = None,
 ) -> None:
     """Writes one checkpoint together with all other ranks, then removes old ones.
 
@@ -83,7 +86,7 @@ def save(
     def commit() -> None:
         entries = sorted(aside.glob("*.entry"))
         files = {entry.stem: json.loads(entry.read_text()) for entry in entries}
-        manifest = Manifest(step=step, config=config, data=data, loss_val=loss_val, files=files)
+        manifest = Manifest(step=step, config=config, data=data, loss_val=loss_val, files=files, tokenizer=tokenizer)
         for entry in entries:
             entry.unlink()
         _write_synced(aside / "manifest.json", json.dumps(manifest.__dict__).encode())
@@ -204,14 +207,25 @@ def newest(folder: Path) -> tuple[int, Path] | None:
     return (max(steps), folder / f"step_{max(steps):08d}") if steps else None
 
 
-def find_usable(folder: Path) -> tuple[Path, list[str]]:
+def find_usable(folder: Path, *, best: bool = False) -> tuple[Path, list[str]]:
     """The newest checkpoint whose files are all what the manifest says, and why newer ones were skipped.
+
+    Args:
+        best: that with the lowest validation loss goes first, those without one do not count.
 
     Raises:
         CheckpointError: if there is none.
     """
     skipped: list[str] = []
-    for step in sorted(_steps(folder), reverse=True):
+    steps = sorted(_steps(folder), reverse=True)
+    if best:
+        losses = {step: loss for step in steps if (loss := _loss_val(folder, step)) is not None}
+        steps = sorted(losses, key=lambda step: losses[step])
+        if not steps:
+            raise CheckpointError(
+                f"no checkpoint in {folder} has a validation loss, so none is the best: take the newest"
+            )
+    for step in steps:
         path = folder / f"step_{step:08d}"
         try:
             verify(path)

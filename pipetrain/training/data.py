@@ -58,6 +58,7 @@ def prepare_data(cfg: Config, say: Callable[[str], None]) -> Prepared | None:
             path=data.path,
             languages=data.languages,
             pivot=data.pivot,
+            tokenizer=data.tokenizer,
             vocab_size=data.vocab_size,
             max_tokens=data.max_tokens,
             sampling=data.sampling,
@@ -120,6 +121,11 @@ def open_data(cfg: Config, prepared: Prepared | None, split: str, share: Share =
         seed=cfg.seed,
         share=share,
     )
+
+
+def group_in(data: Batches) -> Callable[[int], str]:
+    """Of each batch the group of samples that it belongs to: of pairs of sentences the languages."""
+    return data.way if isinstance(data, PairBatches) else lambda index: ""
 
 
 def full_batch(cfg: Config, prepared: Prepared | None) -> Batch:

@@ -24,16 +24,17 @@ from pipetrain.training.state import stored_as
 _SHOWN = 12  # names of one kind on the console
 
 
-def find_start(given: str, recipe: Recipe, say: Callable[[str], None]) -> Path:
+def find_start(given: str, recipe: Recipe, tokenizer: str | None, say: Callable[[str], None]) -> Path:
     """The checkpoint that a new run starts from. Only the names and shapes of it are read.
 
     Args:
         given: the run folder of the other run, as typed.
         recipe: the model of the new run.
+        tokenizer: identifies that of the new run, see `vocabulary.tokenizer_id`.
         say: takes a line for the user: what is taken, what is not.
 
     Raises:
-        ConfigError: if that is no run folder, or no parameter there fits the model.
+        ConfigError: if that is no run folder, its tokens have other numbers, or no parameter there fits the model.
         CheckpointError: if the run has no usable checkpoint.
     """
     run = RunPaths(Path(given).expanduser().absolute())
@@ -46,6 +47,11 @@ def find_start(given: str, recipe: Recipe, say: Callable[[str], None]) -> Path:
     for reason in skipped:
         say(f"skipped a checkpoint: {reason}")
     reader = Reader(path)
+    if tokenizer is not None and reader.manifest.tokenizer not in (None, tokenizer):
+        raise ConfigError(
+            f"init_from={given} was trained with another vocabulary: the same number is another word there; use its "
+            f"own one, data.tokenizer={run.tokenizer if run.tokenizer.exists() else 'bytes'}, or leave init_from out"
+        )
     parameters, buffers = _shapes(recipe)
     shapes = parameters | buffers
     fits = [name for name in shapes if _source(reader, name, shapes[name]) is not None]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 from enum import IntEnum
 from functools import partial
 
@@ -11,13 +10,14 @@ import torch
 from pipetrain import config
 from pipetrain.data.images.sets import ImageSet
 from pipetrain.data.text import TokenFolder
+from pipetrain.data.translation.batches import PairBatches
 from pipetrain.data.translation.prepare import PairFolder
 from pipetrain.derived import num_stages
 from pipetrain.engine.minibatch import MiniBatch
 from pipetrain.engine.report import StepReport
 from pipetrain.engine.transport import Transport
 from pipetrain.errors import Exit, PipetrainError, StageFailed
-from pipetrain.training import checkpoint, init_from, state, status
+from pipetrain.training import checkpoint, init_from, state, status, vocabulary
 from pipetrain.training.build import (
     balance_of,
     build_recipe,
@@ -28,9 +28,9 @@ from pipetrain.training.build import (
     ties_of,
 )
 from pipetrain.training.console import Console
-from pipetrain.training.data import open_data, part_of_batch, share_of
+from pipetrain.training.data import group_in, open_data, part_of_batch, share_of
 from pipetrain.training.ema import WeightAverage
-from pipetrain.training.evaluate import Evaluator
+from pipetrain.training.evaluate import Evaluator, text_values
 from pipetrain.training.hindsight import Hindsight
 from pipetrain.training.job import Job
 from pipetrain.training.measured import pipeline_values
@@ -115,6 +115,7 @@ class Trainer:
         self._batch = partial(part_of_batch, cfg, device, first=first, last=last)
         self.steps = self._steps()
         self.evaluator = Evaluator(self.runtime, recipe, self.schedule, self._batch)
+        self._tokenizer_id = vocabulary.tokenizer_id(job.data)
         parameters = self._count_parameters()
         plan = make_plan(self.schedule, job.devices, recipe, balance, parameters, cfg.recompute, job.prediction)
         # The first rank of the first replica is the one that writes.
@@ -123,6 +124,7 @@ class Trainer:
         if transport.rank == 0 and transport.replicas.number == 0:
             counted = "tokens" if self._counts_tokens else "samples"
             job.run.plan.write_text(plan.to_json())
+            vocabulary.keep(job.run, job.data)
             self.console = Console(self.step, self.last_step, counted=counted, quiet=job.record)
             shown = self.schedule if self.schedule.waits else self._build_schedule(steps_drawn(cfg, len(balance)))
             for line in (*plan.table(), *drawn(shown)):
@@ -285,18 +287,16 @@ class Trainer:
     def _evaluate(self) -> None:
         data = open_data(self.cfg, self.job.data, "valid", self._share)
         with self.average.as_weights() if self.average is not None else contextlib.nullcontext():
-            values, self._requests = self.evaluator.run(
-                data, self.cfg.eval.batches, lambda: float(self.signals.request)
+            values, of_group, self._requests = self.evaluator.run(
+                data, self.cfg.eval.batches, group=group_in(data), request=lambda: float(self.signals.request)
             )
         if values and isinstance(self.job.data, TokenFolder):
-            tokens, mean = self.job.data, values["loss/val"]
-            values["val/perplexity"] = math.exp(min(mean, 700.0))
-            characters_per_token = tokens.num_bytes["valid"] / tokens.num_tokens["valid"]
-            values["val/bits_per_character"] = mean / math.log(2) / characters_per_token
-        if "val/nll" in values:
-            values["val/perplexity"] = math.exp(min(values["val/nll"], 700.0))
+            values |= text_values(values["loss/val"], self.job.data, "valid")
         self._loss_val = values.get("loss/val")
         if self.metrics is not None and values:
+            if isinstance(self.data, PairBatches):
+                values |= {f"val_nll/{way}": its["val/nll"] for way, its in of_group.items()}
+                values |= {f"pairs_seen/{way}": count for way, count in self.data.seen(self.step).items()}
             self.metrics.log(self.step, values)
 
     def _save(self) -> None:
@@ -309,6 +309,7 @@ class Trainer:
             data=self.job.data_id,
             loss_val=self._loss_val,
             keep=self.cfg.checkpoint.keep,
+            tokenizer=self._tokenizer_id,
         )
 
     def _write_status(self, name: str, code: Exit | None) -> None:

@@ -27,6 +27,10 @@ _LAYOUT = {
         "memory by stage": ["Multiline", [r"stage_\d+/memory_bytes"]],
     },
     "Loss": {"train and validation": ["Multiline", ["loss/train", "loss/val"]]},
+    "Languages": {
+        "validation": ["Multiline", ["val_nll/.*"]],
+        "pairs seen": ["Multiline", ["pairs_seen/.*"]],
+    },
 }
 _COMPARED = ("loss/train", "loss/val", "speed/tokens_per_s", "pipeline/bubble_measured")
 

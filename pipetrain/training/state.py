@@ -44,9 +44,22 @@ def collect(
     return tensors
 
 
-@torch.no_grad()
 def restore(reader: Reader, runtime: Runtime, optimizer: torch.optim.Optimizer, ties: Sequence[Tie]) -> None:
     """Fills this rank's weights, buffers and optimizer state from a checkpoint of any partitioning.
+
+    Raises:
+        CheckpointError: if a tensor is missing or has another shape.
+    """
+    restore_weights(reader, runtime, ties)
+    _restore_optimizer(reader, runtime.own_parameters, optimizer, stored_as(ties))
+
+
+@torch.no_grad()
+def restore_weights(reader: Reader, runtime: Runtime, ties: Sequence[Tie], *, averaged: bool = False) -> None:
+    """Fills this rank's weights and buffers alone.
+
+    Args:
+        averaged: with the average of the weights, where the checkpoint has one.
 
     Raises:
         CheckpointError: if a tensor is missing or has another shape.
@@ -54,13 +67,13 @@ def restore(reader: Reader, runtime: Runtime, optimizer: torch.optim.Optimizer, 
     first_use = stored_as(ties)
     buffers = {name: b for stage in runtime.stages.values() for name, b in stage.named_buffers()}
     for name, tensor in {**runtime.own_parameters, **buffers}.items():
-        stored = reader.get(f"model/{first_use.get(name, name)}")
+        average = f"ema/{first_use.get(name, name)}"
+        stored = reader.get(average if averaged and average in reader else f"model/{first_use.get(name, name)}")
         if stored.shape != tensor.shape:
             raise CheckpointError(
                 f"{name} is {list(stored.shape)} in the checkpoint, but {list(tensor.shape)} in the model"
             )
         tensor.copy_(stored)
-    _restore_optimizer(reader, runtime.own_parameters, optimizer, first_use)
 
 
 def restore_memories(reader: Reader, runtime: Runtime, share: Share) -> None:

@@ -45,6 +45,7 @@ def prepared(folder: Path, **changes: Any) -> PairFolder:
         "path": str(folder),
         "languages": None,
         "pivot": "en",
+        "tokenizer": "sentencepiece",
         "vocab_size": 340,
         "max_tokens": 40,
         "sampling": 0.7,
@@ -267,6 +268,7 @@ def prepared_djangos() -> PairFolder:
         path=None,
         languages=None,
         pivot="en",
+        tokenizer="sentencepiece",
         vocab_size=8000,
         max_tokens=64,
         sampling=0.7,
@@ -324,6 +326,62 @@ def test_other_splits_have_each_pair_once(pairs: PairFolder) -> None:
     reader = batches(pairs, "valid", direction="both")
     numbers = [tuple(row) for index in range(reader.num_batches) for row in reader._numbers(index).tolist()]
     assert sorted(numbers) == list(itertools.product(range(4), range(7)))
+
+
+def test_other_splits_have_one_language_in_a_batch_and_a_few_batches_have_all(pairs: PairFolder) -> None:
+    reader = batches(pairs, "valid", direction="both", batch_size=1)
+    ways = ["de-en", "en-de", "om-en", "en-om"]
+    for index in range(reader.num_batches):
+        assert {ways[way] for way, _ in reader._numbers(index).tolist()} == {reader.way(index)}
+    assert [reader.way(index) for index in range(8)] == ways * 2
+
+
+def test_what_was_seen_of_each_language(pairs: PairFolder) -> None:
+    reader, counted = batches(pairs), Counter[str]()
+    for index in range(2 * reader.num_batches + 3):
+        counted.update(("de-en", "om-en")[way] for way, _ in reader._numbers(index).tolist())
+        if index in (4, 5, reader.num_batches):
+            assert reader.seen(index + 1) == counted
+    assert reader.seen(2 * reader.num_batches + 3) == batches(pairs).seen(2 * reader.num_batches + 3) == counted
+
+
+# Vocabularies that were made before
+
+
+def test_a_vocabulary_of_another_run(pairs: PairFolder, tmp_path: Path) -> None:
+    other = prepared(aligned(tmp_path / "other", om=30), tokenizer=pairs.tokenizer, vocab_size=9999)
+    assert other.vocab_size == pairs.vocab_size
+    assert Path(other.tokenizer).read_bytes() == Path(pairs.tokenizer).read_bytes()
+    assert other.folder != prepared(tmp_path / "other").folder
+    batches(other, direction="both")
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"byte_fallback": True, "vocab_size": 280}, "first pieces are not padding, unknown, begin and end"),
+        ({"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "vocab_size": 25}, "no pieces for bytes"),
+        (None, "no sentencepiece model"),
+    ],
+)
+def test_a_foreign_vocabulary_is_refused(tmp_path: Path, settings: dict[str, Any] | None, problem: str) -> None:
+    folder = aligned(tmp_path / "set", de=20)
+    model = tmp_path / "foreign.model"
+    model.write_bytes(b"x")
+    if settings is not None:
+        with model.open("wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(["train word 12345", "de wort 67890"] * 9), model_writer=file, **settings
+            )
+    with pytest.raises(ConfigError, match=rf"foreign.model cannot be used for translation: .*{problem}"):
+        prepared(folder, tokenizer=str(model))
+
+
+def test_a_vocabulary_without_the_symbol_of_a_language(pairs: PairFolder, tmp_path: Path) -> None:
+    other = prepared(aligned(tmp_path / "other", nl=30), tokenizer=pairs.tokenizer)
+    batches(other)  # into English there is nothing to say
+    with pytest.raises(ConfigError, match="the vocabulary has no piece <2nl>"):
+        batches(other, direction="both")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from runs import assert_same, run, saved, settings, tokens_of
 from torch import Tensor
 
 from pipetrain.config import AmoebaNetConfig, AnythingConfig, Config, EvalConfig, SyntheticConfig, TextConfig
+from pipetrain.engine.local import run_ranks
 from pipetrain.errors import CheckpointError, ConfigError
 from pipetrain.launch import prepare
 from pipetrain.paths import RunPaths
+from pipetrain.training.loop import Signals, train
 
 
 def images(model: Any = None, classes: int = 3, **changes: Any) -> Config:
@@ -142,3 +144,26 @@ def test_another_model_and_what_is_no_run_are_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "old" / "checkpoints" / "step_00000003")
     with pytest.raises(CheckpointError, match="no usable checkpoint in"):
         prepare(text(tmp_path, init_from=str(tmp_path / "old")), RunPaths(tmp_path / "new"), 0)
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    """Also where the sizes are the same: the words have other numbers."""
+
+    def pieces(name: str, text: str) -> Config:
+        (tmp_path / f"{name}.txt").write_text(text * 200)
+        data = TextConfig(
+            seq_len=8, path=str(tmp_path / f"{name}.txt"), tokenizer="sentencepiece", vocab_size=280,
+            cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
+        return settings(data=data)
+
+    old, new = pieces("old", "what was learned of these words\n"), pieces("new", "is not known of any of the others\n")
+    job = prepare(old, RunPaths(tmp_path / "run"), 0)
+    (tmp_path / "run").mkdir()
+    run_ranks(1, lambda transport: train(job, transport, torch.device("cpu"), Signals()))
+    new.init_from = str(tmp_path / "run")
+    own = tmp_path / "run" / "tokenizer.model"
+    with pytest.raises(ConfigError, match=rf"was trained with another vocabulary.*data.tokenizer={own}"):
+        prepare(new, RunPaths(tmp_path / "next"), 0)
+    new.data = TextConfig(seq_len=8, path=str(tmp_path / "new.txt"), tokenizer=str(own), cache_dir=str(tmp_path))
+    assert prepare(new, RunPaths(tmp_path / "next"), 0).start is not None

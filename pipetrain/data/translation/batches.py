@@ -1,8 +1,10 @@
 """Batches of sentence pairs: of one length as far as possible, so that little of a batch is padding."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +30,7 @@ Ints = npt.NDArray[np.int64]
 class _Way:
     """From one language into another one."""
 
-    language: str
+    name: str
     source: Sentences
     target: Sentences
     prefix: int | None  # in front of the source, where it does not go without saying what the target is
@@ -50,7 +52,7 @@ class PairBatches:
       language in a random order that goes on from epoch to epoch. Pairs of similar lengths are put together, equal ones
       at random, and batches come in random order. All epochs are given as many batches as the first one: one that
       is left over is dropped, one that lacks is taken twice.
-    * others: each pair exactly once, long ones first.
+    * others: each pair exactly once; a batch has pairs of one language, and languages take turns.
 
     The model takes source ids [rows, S] and the target's ids behind a begin [rows, T]; it is compared with the target's
     ids up to their end [rows, T].
@@ -81,6 +83,7 @@ class PairBatches:
         self._most, self._fewest = batch_size * max_tokens, batch_size
         self._ways = list(_ways(pairs, split, direction))
         self._plans: dict[int, list[Ints]] = {}
+        self._counted, self._seen = 0, np.zeros(len(self._ways), dtype=np.int64)
         number = sum(len(way.lengths) for way in self._ways)
         if split == TRAIN and number < 2 * batch_size:
             raise ConfigError(
@@ -137,6 +140,17 @@ class PairBatches:
 
     # ---- which pairs ---------------------------------------------------------------------------------------------
 
+    def way(self, index: int) -> str:
+        """From which language into which one the first pair of batch `index` goes, such as de-en."""
+        return self._ways[int(self._numbers(index)[0, 0])].name
+
+    def seen(self, num_batches: int) -> dict[str, int]:
+        """Pairs of each language in the first batches of the training, which has come so far."""
+        while self._counted < num_batches:
+            self._seen += np.bincount(self._numbers(self._counted)[:, 0], minlength=len(self._ways))
+            self._counted += 1
+        return {way.name: int(count) for way, count in zip(self._ways, self._seen, strict=True)}
+
     def _numbers(self, index: int) -> Ints:
         """[rows, 2]: the way and the number there of each pair in batch `index`."""
         epoch, position = divmod(index, self.num_batches)
@@ -154,8 +168,8 @@ class PairBatches:
 
     def _made(self, epoch: int) -> Iterator[Ints]:
         if self._split != TRAIN:
-            every = [np.stack([np.full(len(w.lengths), i), np.arange(len(w.lengths))], 1) for i, w in self._numbered()]
-            yield from self._cut(np.concatenate(every))
+            for turn in itertools.zip_longest(*map(self._batches_of, range(len(self._ways)))):
+                yield from (batch for batch in turn if batch is not None)
             return
         chosen = np.concatenate(list(self._chosen(epoch)))
         chosen = chosen[permutation(self._seed, "pairs", epoch, len(chosen))]
@@ -165,6 +179,12 @@ class PairBatches:
             batches[-1] = np.concatenate([batches[-2][-lacking:], batches[-1]])
         for number in permutation(self._seed, "batches", epoch, len(batches)):
             yield batches[number]
+
+    def _batches_of(self, way: int) -> list[Ints]:
+        """All of one way, in random order: the first ones are a sample."""
+        numbers = np.arange(len(self._ways[way].lengths))
+        batches = list(self._cut(np.stack([np.full(len(numbers), way), numbers], 1)))
+        return [batches[place] for place in permutation(self._seed, self._split, way, len(batches))]
 
     def _numbered(self) -> Iterator[tuple[int, _Way]]:
         yield from enumerate(self._ways)
@@ -202,13 +222,33 @@ class PairBatches:
             start = end
 
 
+def is_said(direction: str, num_languages: int) -> bool:
+    """Whether a source says what it is to become."""
+    return direction == BOTH or (direction == FROM and num_languages > 1)
+
+
 def _ways(pairs: PairFolder, split: str, direction: str) -> Iterator[_Way]:
     """A source says what it is to become where that may be several languages."""
     processor = sentencepiece.SentencePieceProcessor(model_file=pairs.tokenizer)
-    says = direction == BOTH or (direction == FROM and len(pairs.counts) > 1)
+    says = is_said(direction, len(pairs.counts))
     for language in pairs.counts:
         own, pivot = pairs.side(language, split, pivot=False), pairs.side(language, split, pivot=True)
         if direction in (INTO, BOTH):
-            yield _Way(language, own, pivot, processor.piece_to_id(symbol(pairs.pivot)) if says else None)
+            yield _Way(f"{language}-{pairs.pivot}", own, pivot, prefix(processor, pairs.pivot) if says else None)
         if direction in (FROM, BOTH):
-            yield _Way(language, pivot, own, processor.piece_to_id(symbol(language)) if says else None)
+            yield _Way(f"{pairs.pivot}-{language}", pivot, own, prefix(processor, language) if says else None)
+
+
+def prefix(processor: Any, language: str) -> int:
+    """The token in front of a source that is to be translated into a language.
+
+    Raises:
+        ConfigError: if the vocabulary has none.
+    """
+    token = int(processor.piece_to_id(symbol(language)))
+    if processor.id_to_piece(token) != symbol(language):
+        raise ConfigError(
+            f"the vocabulary has no piece {symbol(language)}, which says that a sentence is to be translated into "
+            f"{language}; use data.tokenizer=sentencepiece, which trains one that has it"
+        )
+    return token

@@ -16,7 +16,7 @@ import sentencepiece
 
 from pipetrain.data.finished import finished_folder, write_synced
 from pipetrain.data.text import MODEL_FILE, token_dtype
-from pipetrain.data.tokenizer import train_joint
+from pipetrain.data.tokenizer import SENTENCEPIECE, read_model, train_joint
 from pipetrain.data.translation.pairs import SPLITS, TRAIN, Found, Fractions, Pair, find_pairs
 from pipetrain.data.translation.sampling import quotas
 from pipetrain.errors import ConfigError
@@ -116,6 +116,7 @@ def prepare_pairs(
     path: str | None,
     languages: Sequence[str] | None,
     pivot: str,
+    tokenizer: str,
     vocab_size: int,
     max_tokens: int,
     sampling: float,
@@ -128,29 +129,55 @@ def prepare_pairs(
     Args:
         path: see `pairs.find_pairs`.
         languages: those that are wanted; None is all that are there.
-        vocab_size: pieces of the one vocabulary, which is trained on languages as often as they will be seen.
+        tokenizer: 'sentencepiece', which is trained on languages as often as they will be seen, or the path of a model
+            that was made here before.
+        vocab_size: pieces of the one that is trained.
         max_tokens: longer sentences are left out, with those that they are paired with.
         sampling: the power of `quotas`.
         cache_dir: where token folders are kept.
 
     Raises:
-        ConfigError: if the pairs, the vocabulary's size or the cache folder cannot be used.
+        ConfigError: if the pairs, the tokenizer, the vocabulary's size or the cache folder cannot be used.
     """
+    model = None if tokenizer == SENTENCEPIECE else _checked(read_model(tokenizer), tokenizer)
     found = find_pairs(path, pivot, Fractions(valid_fraction, test_fraction))
     pairs = _wanted(found, languages, path)
-    settings = {"pivot": pivot, "vocab_size": vocab_size, "max_tokens": max_tokens, "sampling": sampling}
+    vocabulary = vocab_size if model is None else hashlib.sha256(model).hexdigest()
+    settings = {"pivot": pivot, "vocab_size": vocabulary, "max_tokens": max_tokens, "sampling": sampling}
     root = Path(os.path.abspath(os.path.expanduser(cache_dir))) / "translation"
     folder = root / _key(pairs, settings)
     empty = {language: found.empty[language] for language in pairs}
     try:
         return finished_folder(
-            folder, _load, lambda aside: _fill(aside, pairs, empty, pivot, vocab_size, max_tokens, sampling)
+            folder, _load, lambda aside: _fill(aside, pairs, empty, pivot, model, vocab_size, max_tokens, sampling)
         )
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
             f"data.cache_dir={cache_dir} cannot be used ({reason}); give a folder that you may write to"
         ) from error
+
+
+def _checked(model: bytes, name: str) -> bytes:
+    """
+    Raises:
+        ConfigError: if it is no vocabulary for translation.
+    """
+    processor, problem = sentencepiece.SentencePieceProcessor(), ""
+    try:
+        processor.LoadFromSerializedProto(model)
+    except RuntimeError as error:
+        problem = f"it is no sentencepiece model ({error})"
+    if not problem and [processor.pad_id(), processor.unk_id(), processor.bos_id(), processor.eos_id()] != [0, 1, 2, 3]:
+        problem = "its first pieces are not padding, unknown, begin and end"
+    elif not problem and not processor.is_byte(processor.piece_to_id("<0x00>")):
+        problem = "it has no pieces for bytes, so characters that it lacks would be lost"
+    if problem:
+        raise ConfigError(
+            f"data.tokenizer={name} cannot be used for translation: {problem}; give the tokenizer.model of a run with "
+            f"data=translation, or data.tokenizer={SENTENCEPIECE} to train one"
+        )
+    return model
 
 
 def _wanted(found: Found, languages: Sequence[str] | None, path: str | None) -> dict[str, dict[str, list[Pair]]]:
@@ -189,14 +216,17 @@ def _fill(
     pairs: Mapping[str, Mapping[str, Sequence[Pair]]],
     empty: Mapping[str, int],
     pivot: str,
+    model: bytes | None,
     vocab_size: int,
     max_tokens: int,
     sampling: float,
 ) -> None:
-    log.info("training a vocabulary of %d pieces for %d languages (once)", vocab_size, len(pairs))
-    model = train_joint(_sampled(pairs, sampling), vocab_size, [symbol(language) for language in (*pairs, pivot)])
+    if model is None:
+        log.info("training a vocabulary of %d pieces for %d languages (once)", vocab_size, len(pairs))
+        model = train_joint(_sampled(pairs, sampling), vocab_size, [symbol(language) for language in (*pairs, pivot)])
     write_synced(aside / MODEL_FILE, model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocab_size = int(processor.get_piece_size())
     counts: dict[str, dict[str, int]] = {}
     too_long: dict[str, int] = {}
     for language, splits in pairs.items():

@@ -1,0 +1,53 @@
+"""`action=generate`: one line to stdout for each line of the input; whatever else is said goes to stderr."""
+
+import sys
+from pathlib import Path
+
+from pipetrain.config import Config
+from pipetrain.data.translation.prepare import PairFolder
+from pipetrain.errors import ConfigError, Exit
+from pipetrain.inference import lines
+from pipetrain.inference.gathered import find, gather
+from pipetrain.inference.translator import Translator, warn_of_cut
+from pipetrain.inference.writer import Writer
+from pipetrain.paths import RunPaths
+from pipetrain.training.vocabulary import kept
+
+
+def generate(cfg: Config, root: Path) -> int:
+    """Translates lines, or goes on with texts.
+
+    Args:
+        cfg: the settings, not checked yet.
+        root: the run folder.
+
+    Raises:
+        PipetrainError: for everything that is wrong with the settings, the run or the input.
+    """
+    found = find(cfg, RunPaths(root.absolute()), _say)
+    cfg = found.cfg
+    if cfg.data.name not in ("text", "translation"):
+        raise ConfigError(f"action=generate makes text, which this run with data={cfg.data.name} does not")
+    facts = kept(cfg, found.run, found.manifest.tokenizer)
+    gathered = gather(found, facts)
+    if gathered.recipe.generation is None:
+        raise ConfigError(
+            f"action=generate does not know how model={cfg.model.name} makes text token by token; "
+            "model=transformer, transformer_xl and seq2seq do"
+        )
+    if isinstance(facts, PairFolder):
+        make: Translator | Writer = Translator(found, gathered, facts, cfg.generate.into)
+    else:
+        make = Writer(found, gathered, facts)
+    for block in lines.blocks(cfg.input):
+        for line in make(block):
+            lines.write(line)
+        sys.stdout.flush()
+    if isinstance(make, Translator):
+        warn_of_cut(make, cfg.data.max_tokens, _say)  # type: ignore[attr-defined]
+    return Exit.DONE
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
