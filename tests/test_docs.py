@@ -42,6 +42,11 @@ def test_the_drawn_schedules_are_the_current_ones() -> None:
         assert drawn == draw_schedules.picture(schedule), "run scripts/draw_schedules.py"
 
 
+def test_the_drawn_model_is_the_current_one() -> None:
+    draw_layers = importlib.import_module("draw_layers")
+    assert (ROOT / "docs" / "seq2seq.svg").read_text() == draw_layers.seq2seq(), "run scripts/draw_layers.py"
+
+
 def test_commands_of_the_readme_are_accepted() -> None:
     lines = re.findall(r"^    (pipetrain(?: [^#\n]*)?)", (ROOT / "README.md").read_text(), re.MULTILINE)
     commands = [line.strip() for line in lines if not re.search("resume=|my.yaml| -m ", line)]
