@@ -32,6 +32,7 @@ def brute_force(chain: Chain, seats: list[Seat]) -> tuple[float, list[tuple[int,
             held = sum(own.saved_bytes[begin:end]) if own.saved_bytes else 0.0
             held = seat.in_flight * (held + (chain.input_bytes[begin] if chain.input_bytes else 0.0))
             held += sum(own.kept_bytes[begin:end]) if own.kept_bytes else 0.0
+            held += seat.redone * sum(own.redone_bytes[begin:end]) if own.redone_bytes else 0.0
             fits &= held <= seat.memory_bytes
             slowest, squares, begin = max(slowest, seconds), squares + seconds**2, end
         if fits:
@@ -51,15 +52,18 @@ def random_case(number: int) -> tuple[Chain, list[Seat]]:
         return [float(draw.randint(0, most)) for _ in range(n)] if draw.random() < chance else None
 
     chain = Chain([float(draw.choice([1, 2, 3, 5, 8, 40])) for _ in range(n)], some(6, 0.5), some(9, 0.5), some(4, 0.5))
-    chain = Chain(chain.seconds, chain.border_s, chain.kept_bytes, chain.saved_bytes, some(5, 0.5))
+    chain = replace(chain, redone_bytes=some(6, 0.3), input_bytes=some(5, 0.5))
     is_uneven, is_tight, differs = (draw.random() < chance for chance in (0.4, 0.4, 0.4))
     seconds = [s + draw.choice([-1.0, 0.0, 4.0]) for s in chain.seconds]
-    other = replace(chain, seconds=seconds, kept_bytes=some(9, 0.5), saved_bytes=some(4, 0.5))
+    other = replace(
+        chain, seconds=seconds, kept_bytes=some(9, 0.5), saved_bytes=some(4, 0.5), redone_bytes=some(6, 0.3)
+    )
     seats = [
         Seat(
             slowness=float(draw.choice([1, 2, 3])) if is_uneven else 1.0,
             memory_bytes=float(draw.randint(5, 60)) if is_tight else math.inf,
             in_flight=k - s,
+            redone=draw.randint(1, 3),
             layers=other if differs and draw.random() < 0.5 else None,
         )
         for s in range(k)

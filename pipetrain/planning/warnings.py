@@ -56,7 +56,8 @@ def _full(setting: Setting, plan: Forecast) -> list[str]:
 def _waiting(plan: Forecast) -> list[str]:
     if plan.bubble_fraction <= _LONG_BUBBLE or len(plan.balance) == 1:
         return []
+    number = plan.choice.num_microbatches
     return [
-        f"devices wait {plan.bubble_fraction:.0%} of the time, with {plan.choice.num_microbatches} micro-batches for "
-        f"{len(plan.balance)} stages; micro_batches=auto schedule=auto tells what would help"
+        f"devices wait {plan.bubble_fraction:.0%} of the time, with {number} micro-batch{'es' if number > 1 else ''} "
+        f"for {len(plan.balance)} stages; where they are not open yet, micro_batches=auto schedule=auto tell what helps"
     ]

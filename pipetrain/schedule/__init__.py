@@ -26,7 +26,7 @@ from pipetrain.schedule.stale import bounded, ouroboros, pipedream, pipedream_2b
 from pipetrain.schedule.staleness import joint_updates, staleness, versions
 from pipetrain.schedule.synchronous import forward_only, gpipe, gpipe_lifo, interleaved, looped_bfs, one_f_one_b
 from pipetrain.schedule.timeline import Span, bubble_fraction, timeline
-from pipetrain.schedule.verify import peak_in_flight, verify, verify_compute, verify_messages
+from pipetrain.schedule.verify import peak_half_way, peak_in_flight, verify, verify_compute, verify_messages
 from pipetrain.schedule.zero_bubble import zb_h1, zb_v
 
 
@@ -241,6 +241,7 @@ __all__ = [
     "grid",
     "is_file",
     "joint_updates",
+    "peak_half_way",
     "peak_in_flight",
     "read_csv",
     "read_file",

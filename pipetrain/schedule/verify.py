@@ -77,6 +77,19 @@ def peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
     return tuple(peaks)
 
 
+def peak_half_way(schedule: Schedule) -> tuple[int, ...]:
+    """For each stage, the most micro-batches of which it has begun the backward and not ended it: one, or more where
+    weight gradients wait for their turn."""
+    peaks, live = [1] * schedule.num_stages, [0] * schedule.num_stages
+    for action in schedule:
+        if action.kind is Kind.BACKWARD_INPUT:
+            live[action.stage] += 1
+            peaks[action.stage] = max(peaks[action.stage], live[action.stage])
+        elif action.kind is Kind.BACKWARD_WEIGHT:
+            live[action.stage] -= 1
+    return tuple(peaks)
+
+
 def _fail(schedule: Schedule, rule: str, *culprits: Action) -> ScheduleError:
     return ScheduleError(f"schedule {schedule.name}: {rule}\n{mark(schedule, culprits)}")
 

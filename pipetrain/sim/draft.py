@@ -10,10 +10,10 @@ from itertools import accumulate, pairwise
 
 from pipetrain.costs import LayerCost, ModelCost
 from pipetrain.errors import ConfigError
-from pipetrain.schedule import ALWAYS, EXCEPT_LAST, NEVER, SELECTIVE, Kind, Schedule, peak_in_flight
+from pipetrain.schedule import ALWAYS, EXCEPT_LAST, NEVER, SELECTIVE, Kind, Schedule
 from pipetrain.sim.balance import even
 from pipetrain.sim.cut import crossing_bytes
-from pipetrain.sim.forecast import EVEN, LEAST_VARIANCE, Choice, Setting, compute_of, fits, policies_of
+from pipetrain.sim.forecast import EVEN, LEAST_VARIANCE, Choice, Setting, compute_of, fits, peaks_of, policies_of
 from pipetrain.sim.optimum import Chain, Seat, fastest, fits_at_all, fits_memory, leanest, least_variance
 
 # Stages have more or less than equal shares of their rank's memory: balances for some are walked through, the fastest
@@ -117,7 +117,7 @@ def _policies(setting: Setting, choice: Choice) -> list[str]:
 
 
 def _chain(setting: Setting, model: ModelCost, split: bool, policy: str) -> Chain:
-    """Every stage has room for one recomputed graph of all its layers."""
+    """Every stage has room for all recomputed graphs that it holds at once."""
     redone = [policy == ALWAYS or (policy == SELECTIVE and selected) for selected in setting.selected]
     of_outputs = [0] * len(model.layers)
     for value in model.values:
@@ -128,11 +128,9 @@ def _chain(setting: Setting, model: ModelCost, split: bool, policy: str) -> Chai
     return Chain(
         seconds=[_seconds(layer, again, split) for layer, again in zip(model.layers, redone, strict=True)],
         border_s=[2 * n / setting.link.bytes_per_s for n in crossing[:-1]],
-        kept_bytes=[
-            2 * layer.parameter_bytes + layer.optimizer_bytes + graph * again
-            for layer, graph, again in zip(model.layers, graphs, redone, strict=True)
-        ],
+        kept_bytes=[2 * layer.parameter_bytes + layer.optimizer_bytes for layer in model.layers],
         saved_bytes=[graph * (not again) for graph, again in zip(graphs, redone, strict=True)],
+        redone_bytes=[graph * again for graph, again in zip(graphs, redone, strict=True)],
         input_bytes=[2 * n for n in crossing[:-1]],
     )
 
@@ -155,9 +153,12 @@ def seats_of(setting: Setting, model: ModelCost, choice: Choice) -> list[Seat]:
             slowness=setting.devices[rank].slowness * shared[rank] / fewest,
             memory_bytes=(setting.devices[rank].memory_bytes - setting.process_bytes - working) / shared[rank],
             in_flight=in_flight,
+            redone=half_way,
             layers=chains.get(policy),
         )
-        for rank, in_flight, policy in zip(schedule.placement, peak_in_flight(schedule), policies, strict=True)
+        for rank, in_flight, half_way, policy in zip(
+            schedule.placement, *peaks_of(setting, choice), policies, strict=True
+        )
     ]
 
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from pipetrain.costs import Device, LayerCost, Link, ModelCost, StageCost
-from pipetrain.schedule import NEVER, SELECTIVE, Kind, Schedule, generate
+from pipetrain.schedule import NEVER, SELECTIVE, Kind, Schedule, generate, peak_half_way, peak_in_flight
 from pipetrain.schedule.recompute import add_recompute
 from pipetrain.sim.cut import Cut
 from pipetrain.sim.memory import Memory, memory
@@ -245,8 +245,18 @@ def _pieces(values: Sequence[bool], balance: Sequence[int]) -> list[Sequence[boo
 
 def compute_of(setting: Setting, choice: Choice) -> Schedule:
     """The same without them."""
+    return _compute(*_key(setting, choice))
+
+
+def peaks_of(setting: Setting, choice: Choice) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of each stage the most micro-batches in flight, and half way back: `peak_in_flight` and `peak_half_way`."""
+    return _peaks(*_key(setting, choice))
+
+
+def _key(setting: Setting, choice: Choice) -> tuple[str, int, int, int, int, bool]:
+    """What a schedule's compute depends on."""
     sizes = len(setting.devices), choice.num_microbatches, choice.stages_per_rank, choice.num_steps
-    return _compute(choice.schedule, *sizes, setting.locked)
+    return choice.schedule, *sizes, setting.locked
 
 
 @lru_cache(maxsize=8)
@@ -254,3 +264,11 @@ def _compute(
     name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int, num_steps: int, locked: bool
 ) -> Schedule:
     return generate(name, num_ranks, num_microbatches, stages_per_rank, num_steps, locked=locked)
+
+
+@lru_cache(maxsize=1024)
+def _peaks(
+    name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int, num_steps: int, locked: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    schedule = _compute(name, num_ranks, num_microbatches, stages_per_rank, num_steps, locked)
+    return peak_in_flight(schedule), peak_half_way(schedule)

@@ -30,6 +30,7 @@ class Chain:
             first one is the begin of the model, where nothing is sent.)
         kept_bytes: of each layer, whatever is in flight: weights, gradients, optimizer state.
         saved_bytes: of each layer, for each micro-batch in flight.
+        redone_bytes: of each layer, for each graph that a recompute has made and that is still needed.
         input_bytes: for each layer, what a stage that begins with it keeps for each micro-batch in flight.
     """
 
@@ -37,6 +38,7 @@ class Chain:
     border_s: Sequence[float] | None = None
     kept_bytes: Sequence[float] | None = None
     saved_bytes: Sequence[float] | None = None
+    redone_bytes: Sequence[float] | None = None
     input_bytes: Sequence[float] | None = None
 
 
@@ -48,12 +50,14 @@ class Seat:
         slowness: seconds that it takes for one second of a layer.
         memory_bytes: what it has for a stage.
         in_flight: micro-batches that the stage holds at once.
+        redone: those of them whose graphs, where they are made by a recompute, it holds at once.
         layers: seconds and bytes as they are here, where they are others than on most seats: without recompute, say.
     """
 
     slowness: float = 1.0
     memory_bytes: float = math.inf
     in_flight: int = 1
+    redone: int = 1
     layers: Chain | None = None
 
 
@@ -168,9 +172,15 @@ class _Stages:
         self._n, self._seats = len(chain.seconds), seats
         sums = {id(own): _sums_of(own) for own in (chain, *(seat.layers for seat in seats if seat.layers is not None))}
         of_seats = [sums[id(seat.layers or chain)] for seat in seats]
-        self._time, self._kept, self._saved = zip(*of_seats, strict=True)
+        self._time = [time for time, _, _, _ in of_seats]
+        # Bytes of the first layers, as a stage in each seat would hold them but for its inputs. Seats share them.
+        held: dict[object, _Array] = {}
+        for seat, (_, kept, saved, redone) in zip(seats, of_seats, strict=True):
+            if (key := (id(kept), seat.in_flight, seat.redone)) not in held:
+                held[key] = kept + seat.in_flight * saved + seat.redone * redone
+        self._held = [held[id(of[1]), seat.in_flight, seat.redone] for seat, of in zip(seats, of_seats, strict=True)]
         # Of each layer the least that it can take.
-        self._least: _Array = np.min([np.diff(time) for time, _, _ in sums.values()], axis=0)
+        self._least: _Array = np.min([np.diff(time) for time, _, _, _ in sums.values()], axis=0)
         self._input = np.array([*(chain.input_bytes or [0.0] * self._n), 0.0])
         self._border = np.array([*(chain.border_s or [0.0] * self._n), 0.0])
         self._border[0] = 0.0
@@ -182,8 +192,8 @@ class _Stages:
 
     def num_bytes(self, s: int, i: Any, j: Any) -> Any:
         """What it holds at most."""
-        kept, saved = self._kept[s], self._saved[s]
-        return kept[j] - kept[i] + self._seats[s].in_flight * (saved[j] - saved[i] + self._input[i])
+        held = self._held[s]
+        return held[j] - held[i] + self._seats[s].in_flight * self._input[i]
 
     def least_s(self) -> float:
         """No cut can be faster: all devices at work all the time, or the longest layer on the fastest device."""
@@ -275,13 +285,27 @@ class _Stages:
 
     def _farthest(self, s: int, begin: Any, limit_s: float) -> Any:
         """The last end of a stage that begins there, as far as its layers alone can tell."""
-        time = self._time[s]
-        within = time[begin] + limit_s / self._seats[s].slowness
-        return np.searchsorted(time, within * (1 + _ROUNDING), side="right") - 1
+        seat, time, held = self._seats[s], self._time[s], self._held[s]
+        within = time[begin] + limit_s / seat.slowness
+        by_time = np.searchsorted(time, within * (1 + _ROUNDING), side="right") - 1
+        if seat.memory_bytes == math.inf:
+            return by_time
+        within = held[begin] + seat.memory_bytes
+        return np.minimum(by_time, np.searchsorted(held, within * (1 + _ROUNDING), side="right") - 1)
+
+    def _nearest(self, s: int, end: int, limit_s: float) -> int:
+        """The first begin of a stage that ends there, likewise."""
+        seat, time, held = self._seats[s], self._time[s], self._held[s]
+        within = time[end] - limit_s / seat.slowness
+        by_time = int(np.searchsorted(time, within - abs(time[-1]) * _ROUNDING, side="left"))
+        if seat.memory_bytes == math.inf:
+            return by_time
+        within = held[end] - seat.memory_bytes
+        return max(by_time, int(np.searchsorted(held, within - abs(held[-1]) * _ROUNDING, side="left")))
 
     def _where_stages_can_begin(self, limit_s: float) -> list[tuple[int, int]] | None:
         """For every stage, and the end of the last one, the first and the last layer at which it can begin, as far as
-        the layers' times alone can tell: a stage has at least one layer, and keeps the limit."""
+        the layers alone can tell: a stage has at least one, keeps the limit, and fits its memory."""
         count = len(self._seats)
         last = [0]
         for s in range(count):
@@ -290,10 +314,7 @@ class _Stages:
             return None
         first = [self._n]
         for s in reversed(range(count)):
-            time = self._time[s]
-            within = time[first[-1]] - limit_s / self._seats[s].slowness
-            earliest = int(np.searchsorted(time, within - abs(time[-1]) * _ROUNDING, side="left"))
-            first.append(max(earliest, s))
+            first.append(max(self._nearest(s, first[-1], limit_s), s))
         first.reverse()
         first[0] = 0
         spans = list(zip(first, last, strict=True))
@@ -305,10 +326,12 @@ def _pieces(balance: Sequence[int]) -> list[tuple[int, int]]:
     return list(pairwise((0, *accumulate(balance))))
 
 
-def _sums_of(chain: Chain) -> tuple[_Array, _Array, _Array]:
-    """Of seconds, kept and saved bytes."""
+def _sums_of(chain: Chain) -> tuple[_Array, _Array, _Array, _Array]:
+    """Of seconds, and of kept, saved and redone bytes."""
     nothing = [0.0] * len(chain.seconds)
-    return _sums(chain.seconds), _sums(chain.kept_bytes or nothing), _sums(chain.saved_bytes or nothing)
+    num_bytes = (chain.kept_bytes, chain.saved_bytes, chain.redone_bytes)
+    kept, saved, redone = (_sums(values or nothing) for values in num_bytes)
+    return _sums(chain.seconds), kept, saved, redone
 
 
 def _sums(values: Sequence[float]) -> _Array:

@@ -17,7 +17,7 @@ from pipetrain.sim.forecast import AUTO, Choice, Forecast, Setting, forecast
 from pipetrain.sim.nowhere import does_not_fit
 
 # How many of the estimates are simulated, and how many actions all of these may have together at most.
-_MOST_SIMULATED, _MOST_ACTIONS = 24, 1_000_000
+_MOST_SIMULATED, _MOST_ACTIONS = 24, 2_000_000
 # Where balances are improved by simulating their neighbours: actions of all of these together, and how far from the
 # best plan one may be from which that starts.
 _MOST_CLIMBED, _IN_REACH = 600_000, 1.2
@@ -61,8 +61,8 @@ def _of_one(setting: Setting, choices: Sequence[Choice], share: float) -> list[F
     actions = 0
     for draft in _promising(drafts(setting, choices)):
         actions += _actions(draft.choice, len(draft.balance))
-        if found and actions > share * _MOST_ACTIONS:
-            break
+        if any(each.fits for each in found) and actions > share * _MOST_ACTIONS:
+            break  # but not before there is one that fits: what drafts know of memory is less than the truth
         found.append(forecast(setting, draft.choice, draft.balance))
     return _all_improved(setting, found, int(share * _MOST_CLIMBED))
 

@@ -46,7 +46,9 @@ def test_a_stage_that_dominates_is_named_with_its_longest_layer() -> None:
 
 def test_waiting_for_long_asks_for_more_micro_batches() -> None:
     (said,) = warnings([1.0, 1.0, 1.0], (1, 1, 1), m=2)
-    assert said.startswith("devices wait 50% of the time, with 2 micro-batches for 3 stages; micro_batches=auto")
+    assert said.startswith(
+        "devices wait 50% of the time, with 2 micro-batches for 3 stages; where they are not open yet"
+    )
 
 
 @pytest.mark.parametrize(

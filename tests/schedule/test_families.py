@@ -4,7 +4,17 @@ import itertools
 
 import pytest
 
-from pipetrain.schedule import SCHEDULES, Kind, Schedule, bubble_fraction, build, grid, peak_in_flight, timeline
+from pipetrain.schedule import (
+    SCHEDULES,
+    Kind,
+    Schedule,
+    bubble_fraction,
+    build,
+    grid,
+    peak_half_way,
+    peak_in_flight,
+    timeline,
+)
 from pipetrain.schedule.action import WEIGHT_GRADIENTS
 
 MOST_STAGES_PER_RANK = 3
@@ -97,6 +107,8 @@ def test_what_is_in_flight() -> None:
     assert peak_in_flight(build("gpipe", 4, 8, recompute="never")) == (8, 8, 8, 8)
     assert peak_in_flight(build("1f1b", 4, 8, recompute="never")) == (4, 3, 2, 1)
     assert peak_in_flight(build("zb_h1", 4, 8, recompute="never")) == (4, 4, 4, 4)
+    assert peak_half_way(build("1f1b", 4, 8, recompute="never")) == (1, 1, 1, 1)
+    assert peak_half_way(build("zb_h1", 4, 8, recompute="always")) == (1, 2, 3, 4)  # W waits
     assert most_on_each_rank(build("zb_v", 4, 12, recompute="never")) == [8, 8, 8, 8], "half as large as 1F1B's 4"
 
 

@@ -11,6 +11,7 @@ import pytest
 from pipetrain.costs import Device, LayerCost, Link, ModelCost, ValueCost
 from pipetrain.errors import ConfigError
 from pipetrain.schedule import STALE
+from pipetrain.sim import planner
 from pipetrain.sim.draft import drafts
 from pipetrain.sim.forecast import Choice, Forecast, Setting, forecast
 from pipetrain.sim.nowhere import FitsNowhere
@@ -123,6 +124,35 @@ def test_less_memory_asks_for_recompute_and_then_for_more() -> None:
     tight = plans(setting(seconds, 2, memory_bytes=20_000), CHOICES)[0]
     assert tight.choice.recompute != "never" or tight.choice.schedule != "gpipe"
     assert tight.step_s > unlimited.step_s
+
+
+@pytest.mark.parametrize(("schedule", "each"), [("1f1b", 1), ("zb_h1", 1), ("zb_v", 2)])
+def test_what_large_drafts_say_of_memory_is_not_too_little(schedule: str, each: int) -> None:
+    """Of schedules that are too long to be walked through for every cut. In zb_h1 graphs wait for their second half,
+    those that a recompute has made too."""
+    choice, num_ranks = Choice(schedule, each, 160, "always"), 32
+    given = replace(setting([1.0] * 64, num_ranks), batch_size=160)
+
+    def with_memory(num_bytes: float) -> Setting:
+        return replace(given, devices=(Device("X", num_bytes),) * num_ranks)
+
+    low, high = 1e3, 1e7
+    while high > 1.2 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if drafts(with_memory(middle), [choice])[0].fits else (middle, high)
+    assert max(forecast(given, choice, drafts(with_memory(high), [choice])[0].balance).rank_bytes) < 1.3 * high
+
+
+def test_drafts_that_are_wrong_do_not_hide_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few may be simulated."""
+    given = setting([1.0] * 8, 4, memory_bytes=24_000)
+    lean = [forecast(given, draft.choice, draft.balance).fits for draft in drafts(given, CHOICES)]
+    assert any(lean)
+    assert not all(lean)
+    hopeful = [replace(draft, fits=True) for draft in drafts(given, CHOICES)]
+    monkeypatch.setattr(planner, "drafts", lambda *_: sorted(hopeful, key=lambda draft: draft.estimate_s))
+    monkeypatch.setattr(planner, "_MOST_ACTIONS", 0)
+    assert plans(given, CHOICES)[0].fits
 
 
 def test_a_slow_device_gets_fewer_layers() -> None:
