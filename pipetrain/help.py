@@ -24,6 +24,8 @@ _EXAMPLES = (
     ("pipetrain action=plan devices=4 schedule=1f1b", "what would happen: the stages, and the schedule as a picture"),
     ("pipetrain action=check devices=2", "do the guarantees hold for these settings? Some steps against plain PyTorch"),
     ("pipetrain resume=runs/NAME/RUN steps=600", "go on with a run, in its folder and with its settings"),
+    ("pipetrain action=generate resume=runs/NAME/RUN input=lines.txt", "translate, or go on with texts, line by line"),
+    ("pipetrain action=evaluate resume=runs/NAME/RUN", "how good is it on data that it has not seen?"),
     ("pipetrain model=transformer_tiny --cfg job", "show the settings and stop"),
     ("tensorboard --logdir runs", "look at the runs"),
 )
