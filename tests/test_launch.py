@@ -106,8 +106,8 @@ def test_what_a_run_prints_and_leaves(command: Command) -> None:
     ]
     names = {path.name.split(".")[0] if path.name.startswith("events") else path.name for path in run.iterdir()}
     assert names == {
-        ".hydra", ".lock", "checkpoints", "env.json", "events", "metrics.jsonl", "pipetrain.log", "plan.json",
-        "status.json",
+        ".hydra", ".lock", "checkpoints", "data.json", "env.json", "events", "metrics.jsonl", "pipetrain.log",
+        "plan.json", "status.json",
     }  # fmt: skip
     assert status(run)["state"] == "finished"
     assert status(run)["metrics"]["loss/train"] == [row for row in rows(run) if "loss/train" in row][-1]["loss/train"]
