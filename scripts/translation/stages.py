@@ -22,7 +22,7 @@ def speed(folder: Path, devices: int) -> float:
     with tempfile.TemporaryDirectory() as run:
         words = ["experiment=libreoffice", f"data.path={folder.absolute()}", f"devices={devices}", f"steps={STEPS}"]
         words += ["eval.every=0", "checkpoint.every=0", "log_every=1", f"hydra.run.dir={run}"]
-        words += ["balance=even"] if devices == 1 else []
+        words += ["balance=even", "schedule=gpipe"] if devices == 1 else []
         subprocess.run([sys.executable, "-m", "pipetrain", *words], check=True, capture_output=True)
         lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
     seconds = sum(line["speed/step_s"] for line in lines)
