@@ -230,10 +230,12 @@ def _launch(raw: DictConfig, folder: Path) -> int:
     if cfg.action == "generate":
         from pipetrain.inference.generate import generate
 
+        _session.launched = True
         return generate(cfg, folder)
     if cfg.action == "evaluate":
         from pipetrain.inference.evaluate import evaluate
 
+        _session.launched = True
         return evaluate(cfg, folder)
     from pipetrain.launch import launch
 

@@ -107,7 +107,7 @@ class GenerateConfig:
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    split: str | None = setting("train | valid | test | null (test, where there is one)", None)
+    split: str | None = setting("valid | test | null (test, where there is one)", None)
     sentences: int | None = setting("translations: at most so many of each language; null = all", None)
 
 

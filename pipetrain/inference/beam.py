@@ -109,7 +109,8 @@ def beam_search(model: Incremental, search: Search, *sources: Tensor) -> list[Hy
         best.add(going, ended, _of(tokens, parent[:, :beams]))
         # The first K that live on, in their order.
         places = (has_ended * top.shape[1] + torch.arange(top.shape[1], device=device)).argsort(dim=1)[:, :beams]
-        alive, word, parent = top.gather(1, places), word.gather(1, places), parent.gather(1, places)
+        alive = torch.where(has_ended, _NEVER, top).gather(1, places)
+        word, parent = word.gather(1, places), parent.gather(1, places)
         # log p only falls from here on, and the penalty of the longest target is the largest.
         limit = alive[:, 0] / search.penalty(search.max_tokens)
         is_done = best.score[going] >= (limit if beams > 1 else torch.finfo(torch.float64).min)
@@ -121,6 +122,7 @@ def beam_search(model: Incremental, search: Search, *sources: Tensor) -> list[Hy
         model.select(rows, stay if some_are_done else None)
         tokens = torch.cat([_of(tokens, parent), word[:, :, None]], dim=2)[stay]
         scores, last, going = alive[stay], word[stay].view(-1, 1), going[stay]
+    model.end()
     return [
         Hypothesis([t for t in row[:length] if t != search.end], score)
         for row, length, score in zip(best.tokens.tolist(), best.length.tolist(), best.score.tolist(), strict=True)

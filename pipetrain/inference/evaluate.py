@@ -22,7 +22,7 @@ from pipetrain.inference.gathered import Found, Gathered, find, gather
 from pipetrain.inference.score import Score, bleu, chrf
 from pipetrain.inference.translator import Translator, settings_of
 from pipetrain.paths import RunPaths
-from pipetrain.training.data import fingerprint, group_in, open_data, part_of_batch, prepare_data
+from pipetrain.training.data import Prepared, fingerprint, group_in, open_data, part_of_batch, prepare_data, share_of
 from pipetrain.training.evaluate import Evaluator, text_values
 
 _UNLIMITED = 10_000  # columns where the output is no terminal
@@ -68,8 +68,9 @@ def evaluate(cfg: Config, root: Path) -> int:
             "the data are not those that the run was trained on, so what it has learned by heart may be in their "
             "splits; put the old ones back, or say where they are: data.path=FOLDER"
         )
-    split = cfg.evaluate.split or (TEST if isinstance(data, TokenFolder | PairFolder) else VALID)
-    batches = open_data(cfg, data, split)
+    split = _split(cfg, data)
+    batches = open_data(cfg, data, split, share_of(cfg, 0))
+    _make_folder(found.run)
     gathered = gather(found, data)
     part = partial(part_of_batch, cfg, found.device, first=True, last=True)
     evaluator = Evaluator(gathered.runtime, gathered.recipe, gathered.schedule, part)
@@ -89,6 +90,37 @@ def evaluate(cfg: Config, root: Path) -> int:
     return Exit.DONE
 
 
+def _split(cfg: Config, data: Prepared | None) -> str:
+    """That of the settings, or the one for testing where there is one.
+
+    Raises:
+        ConfigError: if it is empty.
+    """
+    sizes = {VALID: 1, TEST: 0}
+    if isinstance(data, TokenFolder):
+        sizes = {split: data.num_tokens[split] for split in sizes}
+    elif isinstance(data, PairFolder):
+        sizes = {split: sum(counts[split] for counts in data.counts.values()) for split in sizes}
+    split = cfg.evaluate.split or (TEST if sizes[TEST] else VALID)
+    if not sizes[split]:
+        others = [other for other in sizes if sizes[other]]
+        remedy = f"; use evaluate.split={others[0]}" if others else ""
+        raise ConfigError(f"the data of this run have no {split} split{remedy}")
+    return split
+
+
+def _make_folder(run: RunPaths) -> None:
+    """Before anything is computed."""
+    folder = run.evaluation("")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}, where the evaluation is left, cannot be written ({error.strerror}); copy the run to where you "
+            "may write"
+        ) from error
+
+
 def _translated(
     found: Found, gathered: Gathered, pairs: PairFolder, split: str, nll: dict[str, float]
 ) -> Iterator[Row]:
@@ -105,8 +137,9 @@ def _translated(
                 continue
             sides = (pairs.side(language, split, pivot=not is_into), pairs.side(language, split, pivot=is_into))
             sources, references = ([processor.decode(side[i].tolist()) for i in range(number)] for side in sides)
-            translations = Translator(found, gathered, pairs, other)(sources)
-            lines = ("\t".join(row) for row in zip(sources, references, translations, strict=True))
+            translations = Translator(found, gathered, pairs, pairs.tokenizer, other)(sources)
+            rows = zip(sources, references, translations, strict=True)
+            lines = ("\t".join(text.replace("\t", " ") for text in row) for row in rows)
             _keep(found.run.evaluation(f"{split}.{one}-{other}.tsv"), "\n".join(lines) + "\n")
             yield Row(
                 way=f"{one}-{other}",
@@ -137,7 +170,6 @@ def _print(rows: Sequence[Row], search: str) -> None:
 
 
 def _keep(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,16 +59,25 @@ def find(cfg: Config, run: RunPaths, say: Callable[[str], None]) -> Found:
     if Place.read(os.environ) is not None:
         raise ConfigError(f"action={cfg.action} is one process: run it without torchrun")
     num_gpus = torch.cuda.device_count()
-    device = parse_devices(cfg.devices, num_gpus)[0]
+    device = parse_devices(_first_of(cfg.devices), num_gpus)[0]
     cfg = _for_one(cfg, device)
     rules.check(cfg, num_gpus)
     path, skipped = checkpoint.find_usable(run.checkpoints, best=cfg.weights == BEST)
     for reason in skipped:
         say(f"skipped a checkpoint: {reason}")
     reader = Reader(path)
-    rules.check_resume(cfg, reader.manifest.config)
+    # What is drawn when text is made has nothing to do with what was drawn in training.
+    seed = reader.manifest.config["seed"] if cfg.action == "generate" else cfg.seed
+    rules.check_resume(dataclasses.replace(cfg, seed=seed), reader.manifest.config)
     torch.set_num_threads(len(os.sched_getaffinity(0)) if cfg.threads == config.AUTO else cfg.threads)
     return Found(cfg, run, reader, torch.device(device))
+
+
+def _first_of(devices: Any) -> Any:
+    """One device of those that a run was trained on: there may be fewer here."""
+    if isinstance(devices, list | tuple):
+        return list(devices[:1])
+    return 1 if isinstance(devices, int) or str(devices).strip().isdigit() else devices
 
 
 def _for_one(cfg: Config, device: str) -> Config:
@@ -78,7 +88,7 @@ def _for_one(cfg: Config, device: str) -> Config:
         partitions=None,
         balance="even",
         data_parallel=1,
-        micro_batches=1,
+        micro_batches=None if cfg.micro_batches == config.AUTO else cfg.micro_batches,
         schedule="gpipe",
         recompute="never",
         recompute_layers=None,

@@ -8,7 +8,7 @@ from pipetrain.data.translation.prepare import PairFolder
 from pipetrain.errors import ConfigError, Exit
 from pipetrain.inference import lines
 from pipetrain.inference.gathered import find, gather
-from pipetrain.inference.translator import Translator, warn_of_cut
+from pipetrain.inference.translator import Translator, target, warn_of_cut
 from pipetrain.inference.writer import Writer
 from pipetrain.paths import RunPaths
 from pipetrain.training.vocabulary import kept
@@ -29,6 +29,13 @@ def generate(cfg: Config, root: Path) -> int:
     if cfg.data.name not in ("text", "translation"):
         raise ConfigError(f"action=generate makes text, which this run with data={cfg.data.name} does not")
     facts = kept(cfg, found.run, found.manifest.tokenizer)
+    if isinstance(facts, PairFolder):
+        target(found.cfg.data.direction, facts, cfg.generate.into)  # type: ignore[attr-defined]
+    elif cfg.generate.into is not None:
+        raise ConfigError(
+            f"generate.into={cfg.generate.into} is for translations, and this run is of texts: leave it out"
+        )
+    blocks = lines.blocks(cfg.input)
     gathered = gather(found, facts)
     if gathered.recipe.generation is None:
         raise ConfigError(
@@ -36,10 +43,10 @@ def generate(cfg: Config, root: Path) -> int:
             "model=transformer, transformer_xl and seq2seq do"
         )
     if isinstance(facts, PairFolder):
-        make: Translator | Writer = Translator(found, gathered, facts, cfg.generate.into)
+        make: Translator | Writer = Translator(found, gathered, facts, str(found.run.tokenizer), cfg.generate.into)
     else:
         make = Writer(found, gathered, facts)
-    for block in lines.blocks(cfg.input):
+    for block in blocks:
         for line in make(block):
             lines.write(line)
         sys.stdout.flush()

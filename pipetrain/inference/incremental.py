@@ -17,6 +17,7 @@ class Incremental:
 
     Attributes:
         context: the most tokens that a text may have; None is any number.
+        piece: the most tokens that it should be given at a time; None is any number.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Incremental:
         self._growing = [part for part in late if isinstance(part, Past | Place)]
         self._kept = [part for part in late if isinstance(part, Kept)]
         self._memories = [part for part in late if isinstance(part, SegmentMemory)]
-        for memory in self._memories:
-            memory.length_in_evaluation += segment - 1
+        self.piece = segment if self._memories else None
+        self._reach = [memory.length_in_evaluation + segment - 1 for memory in self._memories]
+        self._usual = [memory.length_in_evaluation for memory in self._memories]
         self._inputs: tuple[Tensor, ...] = ()
         self._values: dict[str, Any] = {}
 
@@ -55,12 +57,20 @@ class Incremental:
         """
         for part in (*self._growing, *self._kept):
             part.begin()
-        for memory in self._memories:
-            memory.state = None
+        for memory, reach in zip(self._memories, self._reach, strict=True):
+            memory.state, memory.length_in_evaluation = None, reach
         self._inputs, self._values = sources, {}
         with self._precision():
             for place in sorted(set(range(len(self._modules))) - self._late):
                 self._values[self._recipe.layers[place].name] = self._run(place)
+
+    def end(self) -> None:
+        """Leaves the model as it was."""
+        for part in (*self._growing, *self._kept):
+            part.end()
+        for memory, usual in zip(self._memories, self._usual, strict=True):
+            memory.state, memory.length_in_evaluation = None, usual
+        self._inputs, self._values = (), {}
 
     @torch.inference_mode()
     def extend(self, ids: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,34 +17,31 @@ def blocks(given: str | None) -> Iterator[list[str]]:
     """The lines of a file, or of stdin, without their ends. From a terminal each line comes by itself.
 
     Raises:
-        ConfigError: if there is no such file.
-        DataError: if a line is no UTF-8.
+        ConfigError: at once, if there is no such file.
+        DataError: later, if a line is no UTF-8.
     """
     if given is None:
-        yield from _blocks(sys.stdin.buffer, "stdin", 1 if sys.stdin.isatty() else _BLOCK)
-        return
+        return _blocks(nullcontext(sys.stdin.buffer), "stdin", 1 if sys.stdin.isatty() else _BLOCK)
     try:
         file = Path(given).expanduser().open("rb")
     except OSError as error:
-        raise ConfigError(
-            f"input={given} cannot be read ({error.strerror}); give a file of lines, or none for stdin"
-        ) from error
-    with file:
-        yield from _blocks(file, given, _BLOCK)
+        raise ConfigError(f"input={given} cannot be read ({error.strerror}); give a file of lines") from error
+    return _blocks(file, given, _BLOCK)
 
 
-def _blocks(file: BinaryIO, name: str, size: int) -> Iterator[list[str]]:
+def _blocks(source: AbstractContextManager[BinaryIO], name: str, size: int) -> Iterator[list[str]]:
     block: list[str] = []
-    for number, line in enumerate(file, 1):
-        try:
-            block.append(line.decode().removesuffix("\n").removesuffix("\r"))
-        except UnicodeDecodeError as error:
-            if block:
+    with source as file:
+        for number, line in enumerate(file, 1):
+            try:
+                block.append(line.decode().removesuffix("\n").removesuffix("\r"))
+            except UnicodeDecodeError as error:
+                if block:
+                    yield block
+                raise DataError(f"{name}, line {number} is no UTF-8 ({error.reason})") from error
+            if len(block) == size:
                 yield block
-            raise DataError(f"{name}, line {number} is no UTF-8 ({error.reason})") from error
-        if len(block) == size:
-            yield block
-            block = []
+                block = []
     if block:
         yield block
 

@@ -62,8 +62,10 @@ def sample(model: Incremental, prompts: Tensor, seeds: Sequence[int], number: in
         if model.context is not None and length - start > model.context:
             model.begin()
             seen = start = length - max(1, model.context // 2)
-        log_probs = model.extend(texts[:, seen:])
+        for piece in texts[:, seen:].split(model.piece or length, dim=1):
+            log_probs = model.extend(piece)
         seen = length
         chance = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
         texts = torch.cat([texts, sampling.draw(log_probs, chance.to(texts.device))[:, None]], dim=1)
+    model.end()
     return texts

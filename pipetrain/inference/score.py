@@ -44,6 +44,5 @@ def _score(metric: BLEU | CHRF, translations: Sequence[str], references: Sequenc
     result = metric.corpus_score(translations, [references], n_bootstrap=_RESAMPLES)
     signature = metric.get_signature().format()
     facts = json.loads(result.format(signature=signature, is_json=True))
-    return Score(
-        result.score, facts.get("confidence_var", 0.0), f"{result.name}|{signature}"
-    )  # it says nothing of a score of zero
+    plus_minus = facts.get("confidence_var", 0.0)  # it says nothing of a score of zero
+    return Score(result.score, plus_minus, f"{result.name}|{signature}")

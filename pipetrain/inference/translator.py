@@ -19,9 +19,10 @@ from pipetrain.suggest import one_of
 class Translator:
     """Translates into one language."""
 
-    def __init__(self, found: Found, gathered: Gathered, pairs: PairFolder, into: str | None) -> None:
+    def __init__(self, found: Found, gathered: Gathered, pairs: PairFolder, tokenizer: str, into: str | None) -> None:
         """
         Args:
+            tokenizer: the path of the run's.
             into: the language; None is the only one that there is.
 
         Raises:
@@ -29,8 +30,8 @@ class Translator:
         """
         cfg = found.cfg
         assert isinstance(cfg.data, TranslationConfig)
-        self._processor = sentencepiece.SentencePieceProcessor(model_file=str(found.run.tokenizer))
-        into = _checked(cfg.data.direction, pairs, into)
+        self._processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
+        into = target(cfg.data.direction, pairs, into)
         says = is_said(cfg.data.direction, len(pairs.counts))
         self._prefix = [prefix(self._processor, into)] if says else []
         self._batch_size, self._device = cfg.generate.batch_size, found.device
@@ -52,7 +53,7 @@ class Translator:
 
         Sentences longer than the model can take are cut, and counted in `cut`.
         """
-        sources = self._processor.encode([" ".join(sentence.split()) for sentence in sentences])
+        sources = self._processor.encode([sentence.strip() for sentence in sentences])
         self.cut += sum(len(source) > self._longest for source in sources)
         order = sorted((i for i, source in enumerate(sources) if source), key=lambda i: -len(sources[i]))
         translations = [""] * len(sentences)
@@ -61,13 +62,18 @@ class Translator:
             ids = [torch.tensor([*self._prefix, *sources[i][: self._longest], END]) for i in places]
             batch = pad_sequence(ids, batch_first=True, padding_value=PADDING).to(self._device)
             for place, hypothesis in zip(places, beam_search(self._model, self._search, batch), strict=True):
-                # Bytes of a character that a target spells may be a line's end.
-                translations[place] = " ".join(self._processor.decode(hypothesis.tokens).split())
+                text = self._processor.decode(hypothesis.tokens)
+                # What it spells in bytes may be the end of a line.
+                translations[place] = text.replace("\n", " ").replace("\r", " ").strip()
         return translations
 
 
-def _checked(direction: str, pairs: PairFolder, into: str | None) -> str:
-    """The language to translate into."""
+def target(direction: str, pairs: PairFolder, into: str | None) -> str:
+    """The language to translate into.
+
+    Raises:
+        ConfigError: if the model does not translate into it.
+    """
     languages = {INTO: (pairs.pivot,), FROM: tuple(pairs.counts), BOTH: (*pairs.counts, pairs.pivot)}[direction]
     if into is None and len(languages) > 1:
         raise ConfigError(

@@ -7,8 +7,7 @@ import torch
 
 from pipetrain.config import Config, TextConfig
 from pipetrain.data.text import TokenFolder
-from pipetrain.data.tokenizer import WORDS, Tokenizer, WordTokenizer, load_tokenizer, read_model
-from pipetrain.errors import DataError
+from pipetrain.data.tokenizer import BYTES, WORDS, Tokenizer, WordTokenizer, load_tokenizer, read_model
 from pipetrain.inference.gathered import Found, Gathered
 from pipetrain.inference.incremental import Incremental
 from pipetrain.inference.lines import escaped, unescaped
@@ -31,14 +30,15 @@ class Writer:
     def __call__(self, lines: Sequence[str]) -> list[str]:
         r"""Each text with what becomes of it, as one line: a new line in it is `\n`, and a backslash `\\`.
 
-        Raises:
-            DataError: if a line is empty, and the vocabulary has no end of a line that a text could begin behind.
+        A text begins behind the end of a line. Where the vocabulary has none, an empty line stays empty.
         """
-        prompts = [self._prompt(line, self._done + number) for number, line in enumerate(lines, 1)]
+        encoded = [self._tokenizer.encode_lines(unescaped(line).encode()).tolist() for line in lines]
+        start = [] if self._tokenizer.line_end is None else [self._tokenizer.line_end]
+        prompts = [ids or start for ids in encoded]
         seeds = [derive_seed(self._cfg.seed, "generate", self._done + number) for number in range(len(lines))]
         self._done += len(lines)
         written = [""] * len(lines)
-        order = sorted(range(len(lines)), key=lambda i: len(prompts[i]))
+        order = sorted((i for i in range(len(lines)) if prompts[i]), key=lambda i: len(prompts[i]))
         for _, group in groupby(order, key=lambda i: len(prompts[i])):
             places = list(group)
             for first in range(0, len(places), self._cfg.generate.batch_size):
@@ -47,20 +47,12 @@ class Writer:
                 number = self._cfg.generate.max_tokens
                 texts = sample(self._model, ids, [seeds[i] for i in some], number, self._sampling).tolist()
                 for place, text in zip(some, texts, strict=True):
-                    written[place] = escaped(self._tokenizer.decode(text if lines[place] else text[1:]))
+                    written[place] = escaped(self._tokenizer.decode(text if encoded[place] else text[1:]))
         return written
-
-    def _prompt(self, line: str, number: int) -> list[int]:
-        ids = [int(token) for token in self._tokenizer.encode_lines(unescaped(line).encode())]
-        if ids:
-            return ids
-        if self._tokenizer.line_end is None:
-            raise DataError(f"line {number} is empty, and this vocabulary has no end of a line to begin behind")
-        return [self._tokenizer.line_end]
 
 
 def _tokenizer(cfg: Config, tokens: TokenFolder, model: str) -> Tokenizer:
     assert isinstance(cfg.data, TextConfig)
     if cfg.data.tokenizer == WORDS:
         return WordTokenizer(read_model(model), model)
-    return load_tokenizer(model if tokens.tokenizer != "bytes" else tokens.tokenizer)
+    return load_tokenizer(BYTES if tokens.tokenizer == BYTES else model)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 
-class Past(nn.Module):
-    """The keys and values of an attention to the text itself: [rows, heads, tokens, width] each, more for each piece.
-
+class _Remembers(nn.Module):
+    """
     Attributes:
         is_on: whether it remembers.
-        state: nothing, or keys and values.
+        state: nothing, or keys and values: [rows, heads, tokens, width] each.
     """
 
     def __init__(self) -> None:
@@ -27,9 +26,17 @@ class Past(nn.Module):
         """Switches it on, or starts anew."""
         self.is_on, self.state = True, ()
 
+    def end(self) -> None:
+        """Switches it off."""
+        self.is_on, self.state = False, ()
+
     def select(self, rows: Tensor) -> None:
         """Goes on with some rows, any number of times each."""
         self.state = tuple(part[rows] for part in self.state)
+
+
+class Past(_Remembers):
+    """Of an attention to the text itself: more for each piece."""
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all tokens so far, from those of the next ones."""
@@ -41,26 +48,8 @@ class Past(nn.Module):
         return key, value
 
 
-class Kept(nn.Module):
-    """The keys and values of an attention to what is all there from the beginning: made once, for the first piece.
-
-    Attributes:
-        is_on: whether it remembers.
-        state: nothing, or keys and values.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_on = False
-        self.state: tuple[Tensor, ...] = ()
-
-    def begin(self) -> None:
-        """Switches it on, or starts anew."""
-        self.is_on, self.state = True, ()
-
-    def select(self, rows: Tensor) -> None:
-        """Goes on with some rows, any number of times each."""
-        self.state = tuple(part[rows] for part in self.state)
+class Kept(_Remembers):
+    """Of an attention to what is all there from the beginning: made once, for the first piece."""
 
     def forward(self, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         if not self.is_on:
@@ -86,6 +75,10 @@ class Place(nn.Module):
     def begin(self) -> None:
         """Switches it on, or starts anew."""
         self.is_on, self.state = True, 0
+
+    def end(self) -> None:
+        """Switches it off."""
+        self.is_on, self.state = False, 0
 
     def select(self, rows: Tensor) -> None:
         """All rows have come as far."""

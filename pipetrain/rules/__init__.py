@@ -6,6 +6,7 @@ with. No torch here.
 """
 
 import dataclasses
+import json
 import re
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipetrain.config import (
     SyntheticConfig,
     TextConfig,
     TransformerConfig,
+    from_json,
 )
 from pipetrain.derived import is_number
 from pipetrain.errors import ConfigError
@@ -186,6 +188,9 @@ def changes(cfg: Config, saved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
 
     Neither where the data lie nor what is left to the planner counts.
     """
+
+    # What an older version did not know has its default.
+    saved = dataclasses.asdict(from_json(json.dumps(saved)))
 
     def flat(settings: dict[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {}

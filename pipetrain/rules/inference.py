@@ -5,7 +5,7 @@ from pipetrain.suggest import one_of
 
 OF_A_RUN = ("generate", "evaluate")  # the actions that need one
 WEIGHTS = ("newest", "best")
-SPLITS = ("train", "valid", "test")
+SPLITS = ("valid", "test")
 
 
 def check_inference(cfg: Config, problems: list[str]) -> None:
@@ -15,6 +15,10 @@ def check_inference(cfg: Config, problems: list[str]) -> None:
         problems.append(f"action={cfg.action} needs a trained run: resume=runs/NAME/TIME-ID")
     if cfg.action != "generate" and cfg.input is not None:
         problems.append(f"input={cfg.input} goes with action=generate")
+    if cfg.action not in OF_A_RUN and cfg.weights == WEIGHTS[1]:
+        problems.append(
+            f"weights={cfg.weights} goes with action=generate and evaluate: training goes on from the newest"
+        )
     if cfg.weights not in WEIGHTS:
         problems.append(f"weights={cfg.weights}: no such choice. {one_of(cfg.weights, WEIGHTS)}")
     if evaluate.split is not None and evaluate.split not in SPLITS:

@@ -307,6 +307,8 @@ class _Stages:
         """For every stage, and the end of the last one, the first and the last layer at which it can begin, as far as
         the layers alone can tell: a stage has at least one, keeps the limit, and fits its memory."""
         count = len(self._seats)
+        if any(seat.memory_bytes < 0 for seat in self._seats):
+            return None
         last = [0]
         for s in range(count):
             last.append(min(int(self._farthest(s, last[-1], limit_s)), self._n - (count - s - 1)))

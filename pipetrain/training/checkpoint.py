@@ -223,7 +223,7 @@ def find_usable(folder: Path, *, best: bool = False) -> tuple[Path, list[str]]:
         steps = sorted(losses, key=lambda step: losses[step])
         if not steps:
             raise CheckpointError(
-                f"no checkpoint in {folder} has a validation loss, so none is the best: take the newest"
+                f"no checkpoint in {folder} has a validation loss, so none is the best; use weights=newest"
             )
     for step in steps:
         path = folder / f"step_{step:08d}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipetrain.data.tokenizer import BYTES
 from pipetrain.engine.runtime import Runtime
 from pipetrain.engine.tied import Tie
 from pipetrain.errors import ConfigError
@@ -50,7 +51,8 @@ def find_start(given: str, recipe: Recipe, tokenizer: str | None, say: Callable[
     if tokenizer is not None and reader.manifest.tokenizer not in (None, tokenizer):
         raise ConfigError(
             f"init_from={given} was trained with another vocabulary: the same number is another word there; use its "
-            f"own one, data.tokenizer={run.tokenizer if run.tokenizer.exists() else 'bytes'}, or leave init_from out"
+            f"own one, data.tokenizer={BYTES if reader.manifest.tokenizer == BYTES else run.tokenizer}, or leave "
+            "init_from out"
         )
     parameters, buffers = _shapes(recipe)
     shapes = parameters | buffers

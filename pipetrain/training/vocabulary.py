@@ -35,7 +35,7 @@ def kept(cfg: Config, run: RunPaths, saved_id: str | None) -> TokenFolder | Pair
     """What a run's folder has of its data. The data themselves may be gone.
 
     Args:
-        saved_id: of the tokenizer that the weights were trained with.
+        saved_id: of the tokenizer that the weights were trained with; None is not known.
 
     Raises:
         CheckpointError: if it has nothing, or a tokenizer that the weights were not trained with.
@@ -45,8 +45,11 @@ def kept(cfg: Config, run: RunPaths, saved_id: str | None) -> TokenFolder | Pair
         assert isinstance(facts, TokenFolder | PairFolder)
         own_id = BYTES if isinstance(facts, TokenFolder) and facts.tokenizer == BYTES else _digest(run.tokenizer)
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{run.root} lacks a data.json or tokenizer.model of its run ({error})") from error
-    if own_id != saved_id:
+        raise CheckpointError(
+            f"{run.root} lacks a data.json or tokenizer.model of its run ({error}); it gets them when it goes on: "
+            f"pipetrain resume={run.root} steps=..."
+        ) from error
+    if saved_id not in (None, own_id):
         raise CheckpointError(
             f"{run.tokenizer} is not the tokenizer that this run was trained with: its tokens have other numbers. Put "
             "the old file back"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pipetrain.inference.incremental import Incremental
 from pipetrain.models import Recipe, build
 from pipetrain.partition.split import take_stage
+from pipetrain.segment_memory import SegmentMemory
 
 V = 17
 CPU = torch.device("cpu")
@@ -44,9 +45,16 @@ def sources_of(kind: str) -> tuple[Tensor, ...]:
     return (torch.tensor([[5, 6, 7, 3], [8, 9, 3, 0]]),) if kind.startswith("seq2seq") else ()
 
 
-def whole(kind: str, ids: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
-    """log p behind each token, layer by layer, without anything that remembers."""
+def whole(kind: str, ids: Tensor, sources: tuple[Tensor, ...], used: list[nn.Module] | None = None) -> Tensor:
+    """log p behind each token, layer by layer, without anything that remembers.
+
+    Args:
+        used: layers that had something else to do before; None is fresh ones.
+    """
     recipe, modules = made(kind)
+    modules = used or modules
+    for part in (part for module in modules for part in module.modules() if isinstance(part, SegmentMemory)):
+        part.state = None
     values: dict[str, Any] = {}
     inputs = (*sources, ids)
     for place, (layer, module) in enumerate(zip(recipe.layers, modules, strict=True)):
@@ -71,7 +79,8 @@ def test_pieces_give_what_the_whole_gives(kind: str, pieces: list[int]) -> None:
     ids, sources = torch.randint(4, V, (2, 7)), sources_of(kind)
     expected = whole(kind, ids, sources)
     assert torch.allclose(expected.exp().sum(-1), torch.ones(2, 7, dtype=torch.float64))
-    model = Incremental(*made(kind), segment=1)
+    recipe, modules = made(kind)
+    model = Incremental(recipe, modules, segment=1)
     for _ in range(2):  # a second text starts anew
         model.begin(*sources)
         seen = 0
@@ -79,6 +88,9 @@ def test_pieces_give_what_the_whole_gives(kind: str, pieces: list[int]) -> None:
             found = model.extend(ids[:, seen : seen + number])
             seen += number
             assert torch.allclose(found, expected[:, seen - 1], atol=1e-12)
+    model.end()  # and the model is as it was
+    assert torch.equal(whole(kind, ids, sources, modules), whole(kind, ids, sources, modules))
+    assert torch.equal(whole(kind, ids, sources, modules), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,7 +144,9 @@ def test_memory_reaches_as_far_as_in_training() -> None:
         for module in model._memories:
             assert module.state is not None
             assert module.state.shape[1] == 6
-            module.length_in_evaluation = 3
+        assert model.piece == 4
+        model.end()
+        assert [module.length_in_evaluation for module in model._memories] == [3, 3]
     assert torch.equal(*ends)  # two blocks see 12 tokens back
 
 

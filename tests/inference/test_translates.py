@@ -130,9 +130,16 @@ def test_the_run_alone_is_enough(trained: tuple[Path, Config], tmp_path: Path, m
     moved = dataclasses.replace(cfg, devices=4, data=dataclasses.replace(cfg.data, path="gone", cache_dir="gone"))
     generate(*asked(moved, tmp_path, into="en"))
     tokenizer = tmp_path / "run" / "tokenizer.model"
-    tokenizer.write_bytes(tokenizer.read_bytes() + b"x")
+    content = tokenizer.read_bytes()
+    tokenizer.write_bytes(content + b"x")
     with pytest.raises(CheckpointError, match=r"tokenizer.model is not the tokenizer that this run was trained with"):
         generate(*asked(moved, tmp_path, into="en"))
+    tokenizer.write_bytes(content)
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):  # one of an older version
+        facts = json.loads(manifest.read_text())
+        del facts["tokenizer"], facts["config"]["data"]["tokenizer"]
+        manifest.write_text(json.dumps(facts))
+    generate(*asked(moved, tmp_path, into="en"))
     tokenizer.unlink()
     with pytest.raises(CheckpointError, match=r"lacks a data.json or tokenizer.model"):
         generate(*asked(moved, tmp_path, into="en"))
@@ -161,6 +168,8 @@ def test_the_score_of_each_language(trained: tuple[Path, Config], capfd: pytest.
         assert (row["pairs"], row["sentences"]) == (36, 30)
         assert row["nll"] < 0.2
         assert row["chrf"]["signature"] in out
+    with pytest.raises(ConfigError, match=r"generate.into=fr: this run does not translate into it"):
+        generate(*asked(cfg, root, into="fr"))
     said = (root / "run" / "evaluation" / "test.es-en.tsv").read_text().splitlines()
     assert len(said) == 30
     assert all(len(line.split("\t")) == 3 for line in said)
