@@ -3,12 +3,13 @@
 import sys
 from pathlib import Path
 
-from pipetrain.config import Config
+from pipetrain.config import Config, TranslationConfig
+from pipetrain.data.text import TokenFolder
 from pipetrain.data.translation.prepare import PairFolder
 from pipetrain.errors import ConfigError, Exit
 from pipetrain.inference import lines
 from pipetrain.inference.gathered import find, gather
-from pipetrain.inference.translator import Translator, target, warn_of_cut
+from pipetrain.inference.translator import Translator, target
 from pipetrain.inference.writer import Writer
 from pipetrain.paths import RunPaths
 from pipetrain.training.vocabulary import kept
@@ -29,12 +30,7 @@ def generate(cfg: Config, root: Path) -> int:
     if cfg.data.name not in ("text", "translation"):
         raise ConfigError(f"action=generate makes text, which this run with data={cfg.data.name} does not")
     facts = kept(cfg, found.run, found.manifest.tokenizer)
-    if isinstance(facts, PairFolder):
-        target(found.cfg.data.direction, facts, cfg.generate.into)  # type: ignore[attr-defined]
-    elif cfg.generate.into is not None:
-        raise ConfigError(
-            f"generate.into={cfg.generate.into} is for translations, and this run is of texts: leave it out"
-        )
+    into = _into(cfg, facts)
     blocks = lines.blocks(cfg.input)
     gathered = gather(found, facts)
     if gathered.recipe.generation is None:
@@ -43,16 +39,25 @@ def generate(cfg: Config, root: Path) -> int:
             "model=transformer, transformer_xl and seq2seq do"
         )
     if isinstance(facts, PairFolder):
-        make: Translator | Writer = Translator(found, gathered, facts, str(found.run.tokenizer), cfg.generate.into)
+        make: Translator | Writer = Translator(found, gathered, facts, str(found.run.tokenizer), into)
     else:
         make = Writer(found, gathered, facts)
     for block in blocks:
         for line in make(block):
             lines.write(line)
         sys.stdout.flush()
-    if isinstance(make, Translator):
-        warn_of_cut(make, cfg.data.max_tokens, _say)  # type: ignore[attr-defined]
+    if isinstance(make, Translator) and make.cut:
+        _say(f"{make.cut} of the lines were cut to the data.max_tokens of the run, which the model cannot exceed")
     return Exit.DONE
+
+
+def _into(cfg: Config, facts: TokenFolder | PairFolder) -> str:
+    """The language to translate into; empty for texts."""
+    if isinstance(cfg.data, TranslationConfig) and isinstance(facts, PairFolder):
+        return target(cfg.data.direction, facts, cfg.generate.into)
+    if cfg.generate.into is not None:
+        raise ConfigError(f"generate.into={cfg.generate.into} is for translations, not for texts: leave it out")
+    return ""
 
 
 def _say(text: str) -> None:

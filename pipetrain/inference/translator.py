@@ -1,6 +1,6 @@
 """From sentences to their translations, by beam search over batches of similar length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import sentencepiece
 import torch
@@ -19,19 +19,15 @@ from pipetrain.suggest import one_of
 class Translator:
     """Translates into one language."""
 
-    def __init__(self, found: Found, gathered: Gathered, pairs: PairFolder, tokenizer: str, into: str | None) -> None:
+    def __init__(self, found: Found, gathered: Gathered, pairs: PairFolder, tokenizer: str, into: str) -> None:
         """
         Args:
             tokenizer: the path of the run's.
-            into: the language; None is the only one that there is.
-
-        Raises:
-            ConfigError: if the model does not translate into it.
+            into: the language, see `target`.
         """
         cfg = found.cfg
         assert isinstance(cfg.data, TranslationConfig)
         self._processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
-        into = target(cfg.data.direction, pairs, into)
         says = is_said(cfg.data.direction, len(pairs.counts))
         self._prefix = [prefix(self._processor, into)] if says else []
         self._batch_size, self._device = cfg.generate.batch_size, found.device
@@ -71,6 +67,9 @@ class Translator:
 def target(direction: str, pairs: PairFolder, into: str | None) -> str:
     """The language to translate into.
 
+    Args:
+        into: None is the only one that there is.
+
     Raises:
         ConfigError: if the model does not translate into it.
     """
@@ -82,13 +81,6 @@ def target(direction: str, pairs: PairFolder, into: str | None) -> str:
     if into is not None and into not in languages:
         raise ConfigError(f"generate.into={into}: this run does not translate into it. {one_of(into, languages)}")
     return languages[0] if into is None else into
-
-
-def warn_of_cut(translator: Translator, max_tokens: int, say: Callable[[str], None]) -> None:
-    """Says how many sentences were too long."""
-    if translator.cut:
-        number = f"{translator.cut} sentences were" if translator.cut > 1 else "1 sentence was"
-        say(f"{number} cut to data.max_tokens={max_tokens}, which the model cannot exceed")
 
 
 def settings_of(cfg: Config) -> str:

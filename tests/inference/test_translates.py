@@ -108,7 +108,7 @@ def test_a_long_line_is_cut_and_said(
     out, err = capfdbinary.readouterr()
     assert out.decode().splitlines()[1] == "red house"
     assert len(out.splitlines()) == 2
-    assert b"1 sentence was cut to data.max_tokens=24" in err
+    assert b"1 of the lines were cut to the data.max_tokens" in err
 
 
 def test_bytes_that_are_no_text(
