@@ -469,6 +469,15 @@ def test_balance_must_fit_the_model(balance: Any, num_layers: int, num_stages: i
     assert text in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "remedy"),
+    [("1f1b", "devices=6"), ("ouroboros", "devices=5"), ("pipedream", "devices=6"), ("interleaved", "devices=3")],
+)
+def test_as_many_devices_as_the_layers_are_enough_for(schedule: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=f"use {remedy} or fewer, or a deeper model"):
+        rules.check_model(settings(schedule=schedule, devices=9), 6, 10)
+
+
 def test_fitting_balance() -> None:
     rules.check_model(settings(balance=[2, 4]), 6, 2)
     rules.check_model(settings(), 6, 6)

@@ -222,10 +222,11 @@ def check_model(cfg: Config, num_layers: int, num_stages: int) -> None:
             if isinstance(cfg.model, AnythingConfig)
             else "a deeper model"
         )
+        most = _most_for(cfg, num_layers)
+        fewer = f"{_key_of_stages(cfg)}={most} or fewer, or " if most else ""
         raise ConfigError(
             f"{_what_makes_stages(cfg)} makes {num_stages} stages, but the model has only {num_layers} layers "
-            "and every stage needs one; "
-            f"use {_key_of_stages(cfg)}={num_layers} or fewer, or {way_out}"
+            f"and every stage needs one; use {fewer}{way_out}"
         )
     if isinstance(cfg.balance, list) and sum(cfg.balance) != num_layers:
         last = num_layers - sum(cfg.balance[:-1])
@@ -239,6 +240,14 @@ def _key_of_stages(cfg: Config) -> str:
     if is_number(cfg.partitions):
         return "partitions"
     return "plan.devices" if cfg.plan.devices else "devices"
+
+
+def _most_for(cfg: Config, num_layers: int) -> int:
+    """The most partitions or devices with which every stage has a layer; 0 where there are none."""
+    if is_number(cfg.partitions):
+        return num_layers
+    counts = (count for count in range(num_layers, 0, -1) if num_stages(cfg, count) <= num_layers)
+    return next(counts, 0) * num_replicas(cfg)
 
 
 def _what_makes_stages(cfg: Config) -> str:
